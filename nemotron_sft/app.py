@@ -1,0 +1,70 @@
+"""What the entry points share: Hydra start-up, one-line errors with exit status 2, and friendlier overrides."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nemotron_sft.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def run(task: Callable, config_name: str) -> None:
+    """Compose conf/`config_name`.yaml with the command line's overrides and call `task(cfg)`.
+
+    Exits with 0, with 2 and one line on stderr for anything the user can mend, and with a traceback otherwise.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Let exceptions reach us instead of Hydra's own reporter, which exits with 1 and hides the key's neighbours.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = [open_key(argument) for argument in sys.argv[1:]]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error, config_name))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """Print one error line and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def open_key(argument: str) -> str:
+    """`a.b=1` becomes `++a.b=1`, so that Hydra lets every dotted key pass and config.check judges them all.
+
+    Hydra itself knows only the keys spelled out in conf/; Megatron-Bridge has hundreds more.
+    """
+    return f"++{argument}" if re.match(r"(?!hydra\.)[a-z_]\w*(\.\w+)+=", argument) else argument
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """One line for an error of Hydra's own: unknown top-level keys and missing group options name the nearest."""
+    from nemotron_sft.config import nearest
+
+    text = str(error)
+    groups = [entry.name for entry in CONF.iterdir() if entry.is_dir()]
+    if match := re.search(r"Could not override '([\w.]+)'", text):
+        key = match[1]
+        top = re.findall(r"^(\w+):", (CONF / f"{config_name}.yaml").read_text(), flags=re.MULTILINE)
+        best = nearest(key, [*top, *groups])
+        return f"unknown key {key}" + (f": did you mean {best}?" if best else f": known keys: {', '.join(top)}")
+    if match := re.search(r"Could not find '([\w.-]+)/([\w./-]+)'", text):
+        group, option = match[1], match[2]
+        options = sorted(p.stem for p in (CONF / group).glob("*.yaml")) if (CONF / group).is_dir() else []
+        best = nearest(option, options)
+        hint = f"did you mean {group}={best}? " if best else ""
+        return f"no {group} named {option}: {hint}available: {', '.join(options)}"
+    return " ".join(text.split())

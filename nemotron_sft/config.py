@@ -1,0 +1,108 @@
+"""Typing and validation of the composed Hydra config. Defaults live in conf/ alone; schemas only type them.
+
+A schema is a dataclass whose fields have no defaults. A section whose schema derives from `Bridge` also takes
+every field of the Megatron-Bridge dataclass that it configures (see `bridge_fields`); those end up in its
+`bridge` dict, unconverted.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemotron_sft.errors import UserError
+
+T = TypeVar("T")
+
+
+def nearest(word: str, choices: list[str]) -> str | None:
+    """The choice most like `word`: an abbreviation of it (`learning_rate` -> `lr`), or the closest spelling."""
+    for choice in choices:
+        if choice == "".join(part[:1] for part in word.split("_")):
+            return choice
+    folded = {choice.replace("_", "").lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.replace("_", "").lower(), folded, n=1, cutoff=0.6)
+    return folded[close[0]] if close else None
+
+
+def unknown_key(path: str, choices: list[str]) -> UserError:
+    """The error for a key that does not exist, naming the nearest key beside it."""
+    prefix, _, key = path.rpartition(".")
+    best = nearest(key, choices)
+    dotted = f"{prefix}.{best}" if prefix else best
+    hint = f"did you mean {dotted}?" if best else f"known keys: {', '.join(sorted(choices))}"
+    return UserError(f"unknown key {path}: {hint}")
+
+
+def check(cfg: DictConfig, schema: type[T]) -> T:
+    """Validate a composed config against a dataclass schema and return it as an instance of the schema.
+
+    Raises UserError for an unknown key (naming the nearest one), a value of the wrong type, or a missing value.
+    """
+    OmegaConf.resolve(cfg)
+    plain = OmegaConf.to_container(cfg, throw_on_missing=False)
+    plain.pop("hydra", None)
+    _fold_bridge_keys(plain, schema, "")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        return OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+
+
+def _fold_bridge_keys(node: dict[str, Any], schema: type, path: str) -> None:
+    """Check every key of `node` against `schema`, moving Megatron-Bridge's own keys into the `bridge` dict."""
+    hints = get_type_hints(schema)
+    passes_on = issubclass(schema, Bridge)
+    own = [f.name for f in fields(schema) if f.name != "bridge"]
+    for key in list(node):
+        dotted = f"{path}{key}"
+        if key in own:
+            inner = _dataclass_in(hints[key])
+            if inner and isinstance(node[key], dict):
+                _fold_bridge_keys(node[key], inner, f"{dotted}.")
+            continue
+        if not passes_on:
+            raise unknown_key(dotted, own)
+        from nemotron_sft.bridge_fields import bridge_fields
+
+        known = bridge_fields(path.rstrip("."))
+        if key not in known:
+            raise unknown_key(dotted, sorted({*own, *known}))
+        node.setdefault("bridge", {})[key] = node.pop(key)
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass of a field type such as `Train` or `Train | None`."""
+    return next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+
+
+@dataclass
+class Bridge:
+    """Base of the sections whose remaining keys are fields of a Megatron-Bridge dataclass."""
+
+    bridge: dict[str, Any] = field(default_factory=dict)
+
+
+# --- recipes/prep.py ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Blend:
+    """Which chat data, in what proportion (conf/blend)."""
+
+    name: str = MISSING
+    path: str | None = MISSING  # a blend file (JSON or YAML) to read `datasets` from
+    datasets: list[Any] = MISSING  # entries: name, path, and optionally split, subset, revision, weight, filter
+
+
+@dataclass
+class Prep:
+    """The composed config of recipes/prep.py (conf/prep.yaml)."""
+
+    blend: Blend = MISSING
