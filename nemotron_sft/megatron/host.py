@@ -1,0 +1,179 @@
+"""Run Megatron-Core and Megatron-Bridge, unmodified, on a machine without a GPU.
+
+Both address CUDA by name. `use_cpu()` sends those requests to the CPU, supplies stand-ins for the CUDA-only
+packages that Bridge imports unconditionally, and adds the one thing core cannot do without Transformer Engine:
+attention over packed (THD) batches. On a machine with a GPU nothing here runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from types import SimpleNamespace
+
+from nemotron_sft.megatron.slim import placeholder
+
+CUDA_ONLY = ("transformer_engine", "nvidia_resiliency_ext")
+_active = None  # the TorchFunctionMode in force, kept so that a second use_cpu() is a no-op
+
+
+def use_cpu() -> None:
+    """Redirect CUDA to the CPU for this process. Call once, before anything imports megatron."""
+    global _active
+    if _active is not None:
+        return
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile would need minutes for a model this small
+    _redirect_cuda()
+    # Core first, while Transformer Engine is truly absent: it decides once, at import, what it may use.
+    import megatron.core.dist_checkpointing
+    import megatron.core.extensions.transformer_engine
+    import megatron.core.models.gpt
+    import megatron.core.utils
+
+    megatron.core.utils.get_te_version()  # remembers 0.0.0
+    for name in CUDA_ONLY:
+        if importlib.util.find_spec(name) is None:
+            placeholder(name)
+    _skip_helper_build()
+
+
+def _skip_helper_build() -> None:
+    """Bridge runs `make` for core's dataset index helpers, but core's wheel ships them built, without a Makefile."""
+    import megatron.core.datasets.utils as core_utils
+    import megatron.bridge.training.initialize as initialize
+
+    core_utils.compile_helpers = lambda: None
+    if hasattr(initialize, "compile_helpers"):
+        initialize.compile_helpers = lambda: None
+
+
+# --- CUDA by name ------------------------------------------------------------------------------------------
+
+
+def _redirect_cuda() -> None:
+    """Make torch.cuda look like one device that is the CPU, and rewrite `device=` arguments that ask for CUDA."""
+    global _active
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    cpu = torch.device("cpu")
+
+    def is_cuda(device) -> bool:
+        if isinstance(device, bool):
+            return False
+        return isinstance(device, int) or (
+            isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+        )
+
+    class CudaToCpu(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if is_cuda(kwargs.get("device")):
+                kwargs["device"] = cpu
+            name = getattr(func, "__name__", "")
+            if name in ("cuda", "pin_memory") and args and isinstance(args[0], torch.Tensor):
+                return args[0]
+            if name == "to" and len(args) > 1 and not isinstance(args[1], torch.dtype) and is_cuda(args[1]):
+                args = (args[0], cpu, *args[2:])
+            if name == "type" and args and isinstance(args[0], torch.Tensor):
+                if len(args) == 1 and "dtype" not in kwargs:  # core finds a tensor's dtype in this name
+                    return func(*args).replace("torch.", "torch.cuda.", 1)
+                if isinstance(args[1], str):
+                    args = (args[0], args[1].replace("torch.cuda.", "torch."), *args[2:])
+            return func(*args, **kwargs)
+
+    class Event:
+        def __init__(self, *args, **kwargs):
+            self.seconds = 0.0
+
+        def record(self, *args):
+            import time
+
+            self.seconds = time.perf_counter()
+
+        def elapsed_time(self, end) -> float:
+            return (end.seconds - self.seconds) * 1000
+
+        def synchronize(self):
+            pass
+
+        def wait(self, *args):
+            pass
+
+        def query(self) -> bool:
+            return True
+
+    class Stream:
+        cuda_stream = 0
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def wait_stream(self, *args):
+            pass
+
+        def wait_event(self, *args):
+            pass
+
+        def record_event(self, event=None):
+            return event or Event()
+
+    stream = Stream()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = SimpleNamespace(
+        name="CPU", major=0, minor=0, total_memory=total, multi_processor_count=os.cpu_count(), warp_size=1
+    )
+    cuda = torch.cuda
+    replacements = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "initial_seed": torch.initial_seed,
+        "default_generators": (torch.default_generator,),
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": lambda stream=None: contextlib.nullcontext(),
+        "set_stream": lambda stream: None,
+        "device": lambda device=None: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+        "ipc_collect": lambda: None,
+        "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "max_memory_reserved": lambda device=None: 0,
+        "memory_stats": lambda device=None: {},
+        "reset_peak_memory_stats": lambda device=None: None,
+        "mem_get_info": lambda device=None: (total, total),
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (0, 0),
+        "get_device_name": lambda device=None: "CPU",
+        "_lazy_init": lambda: None,
+        "_lazy_call": lambda function, **kwargs: function(),
+    }
+    for name, value in replacements.items():
+        setattr(cuda, name, value)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all", "initial_seed"):
+        setattr(cuda.random, name, replacements[name])
+    torch.nn.Module.cuda = lambda self, device=None: self
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None
+    _active = CudaToCpu()
+    _active.__enter__()
