@@ -5,10 +5,10 @@
     template.sequences(messages, tools)          training sequences, each a list of (role, text) spans
     template.generation_prompt(messages, tools)  what the model is given to answer these messages
 
-The texts of a sequence's spans concatenate to its text. Spans of role "assistant" are trained and nothing else
-is, so a mask policy is a matter of roles alone: with `mask="last_turn"` earlier answers carry the role
-"history", with `mask="all"` every span carries the role "assistant". A trained span begins where the generation
-prompt ends and includes the turn's terminator, because that is what the model has to produce at inference.
+The texts of a sequence's spans concatenate to its text. Spans of role "assistant" are trained and nothing
+else is, so a mask policy is a matter of roles alone: with `mask="last_turn"` earlier answers carry the role
+"history", with `mask="all"` every span carries the role "assistant". A trained span begins where the
+generation prompt ends and includes the turn's terminator: what the model has to produce at inference.
 
 A template that drops earlier reasoning shows every turn a different past. A conversation with reasoning then
 gives one sequence per user turn, cut after that turn's answer and trained on that answer alone.
@@ -36,7 +36,7 @@ HISTORIES = ("truncate", "keep")
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be rendered; `reason` is a short fixed phrase to count dropped records by."""
+    """A conversation that cannot be rendered; `reason` is a short fixed phrase to count drops by."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -133,7 +133,7 @@ _inline_thinking = re.compile(r"<think>(?!</think>).*</think>", re.DOTALL)
 class Template:
     """A chat template with its training options. Plain data: pickles to worker processes.
 
-    mask: which answers are trained, "assistant" (all of them), "last_turn", or "all" (every token of the text).
+    mask: which answers are trained, "assistant" (all of them), "last_turn", or "all" (every token there is).
     history: "truncate" drops the reasoning of earlier turns, "keep" leaves it (where the template can).
     train_generation_prompt: also train the tokens that open an answer.
     thinking: whether `generation_prompt` asks for reasoning.
@@ -163,7 +163,7 @@ class Template:
     def generation_prompt(
         self, messages: list[dict], tools: list[dict] | None = None, thinking: bool | None = None
     ) -> str:
-        """What the model is given to answer `messages`, ending in the opening of an answer. Raises ChatError."""
+        """What the model is given to answer `messages`, up to the opening of an answer. Raises ChatError."""
         thinking = self.thinking if thinking is None else thinking
         return self._prompt(clean_messages(messages), _checked_tools(tools), thinking)
 
@@ -180,7 +180,7 @@ class Template:
         return found
 
     def training_sequences(self, messages: list[dict], tools: list[dict] | None = None) -> list[list[Span]]:
-        """The sequences with text to train on: at least one. Raises ChatError, "no assistant turn" without any."""
+        """The sequences with text to train on, at least one. Raises ChatError, also when there is none."""
         found = [s for s in self.sequences(messages, tools) if any(r == "assistant" and t for r, t in s)]
         if not found:
             raise ChatError("no assistant turn")
@@ -209,8 +209,8 @@ def _turns(messages: list[dict]) -> list[tuple[int, int]]:
 
 
 # --- Nemotron 3 Nano ---------------------------------------------------------------------------------------
-# The same text as templates/nano3.jinja, written out in Python: rendering runs once for every record of a blend
-# and this is an order of magnitude faster than any Jinja engine. The tests hold the two together.
+# The same text as templates/nano3.jinja, written out in Python: rendering runs once for every record of a
+# blend, and this takes a twelfth of the time. The tests hold the two together.
 
 _ANSWER = "<|im_start|>assistant\n"
 _END = "<|im_end|>\n"
@@ -235,13 +235,13 @@ multiple lines
 
 <IMPORTANT>
 Reminder:
-- Function calls MUST follow the specified format: an inner <function=...></function> block must be nested within \
-<tool_call></tool_call> XML tags
+- Function calls MUST follow the specified format: an inner <function=...></function> block must be nested \
+within <tool_call></tool_call> XML tags
 - Required parameters MUST be specified
-- You may provide optional reasoning for your function call in natural language BEFORE the function call, but NOT \
-after
-- If there is no function call available, answer the question like normal with your current knowledge and do not \
-tell the user about function calls
+- You may provide optional reasoning for your function call in natural language BEFORE the function call, \
+but NOT after
+- If there is no function call available, answer the question like normal with your current knowledge and \
+do not tell the user about function calls
 </IMPORTANT>"""
 
 
@@ -425,10 +425,10 @@ def _marker(tag: re.Match) -> str:
 class JinjaTemplate(Template):
     """A user's Jinja template, rendered in the environment that transformers gives to chat templates.
 
-    With `{% generation %}` tags (transformers' convention) a sequence is rendered once and the tags enclose what
-    is trained. Without them the answers are found by rendering prefixes of the conversation, as far as the
-    template renders a prefix of the messages to a prefix of the text; ChatError "spans undetermined" otherwise.
-    Spans that are not trained carry the role "context" or "history".
+    With `{% generation %}` tags (transformers' convention) a sequence is rendered once and the tags enclose
+    what is trained. Without them the answers are found by rendering prefixes of the conversation, as far as
+    a prefix of the messages gives a prefix of the text; ChatError "spans undetermined" otherwise. Spans that
+    are not trained carry the role "context" or "history".
     """
 
     @cached_property
@@ -489,15 +489,19 @@ class JinjaTemplate(Template):
         turns = _turns(messages)
         if not turns:
             return [[("context", self._text(messages, tools))]]
-        if len(turns) > 1 and self._rewrites_history(messages, tools, turns[-2][1]):
+        if self._rewrites_history(messages, tools, turns):
             return [self._spans(messages[:end], tools, start) for start, end in turns]
         return [self._spans(messages, tools, turns[-1][0] if self.mask == "last_turn" else 0)]
 
-    def _rewrites_history(self, messages: list[dict], tools: list[dict], end: int) -> bool:
-        """Whether the first `end` messages read differently once the conversation goes on."""
-        if self._marked and not _thinks(messages):
+    def _rewrites_history(
+        self, messages: list[dict], tools: list[dict], turns: list[tuple[int, int]]
+    ) -> bool:
+        """Whether some turn's text changes once the conversation goes on."""
+        ends = [end for _, end in turns if end < len(messages)]
+        if not ends or (self._marked and not _thinks(messages)):
             return False
-        return not self._text(messages, tools).startswith(self._text(messages[:end], tools))
+        text = self._text(messages, tools)
+        return not all(text.startswith(self._text(messages[:end], tools)) for end in ends)
 
     def _spans(self, messages: list[dict], tools: list[dict], first_trained: int) -> list[Span]:
         find = self._spans_by_markers if self._marked else self._spans_by_prefixes
