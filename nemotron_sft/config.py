@@ -102,7 +102,138 @@ class Blend:
 
 
 @dataclass
+class Tokenizer:
+    """conf/tokenizer"""
+
+    model: str = MISSING  # a directory with tokenizer.json, the file itself, or a hub id
+
+
+@dataclass
+class Split:
+    """Shares of the conversations; they sum to 1."""
+
+    training: float = MISSING
+    validation: float = MISSING
+    test: float = MISSING
+
+
+@dataclass
 class Prep:
     """The composed config of recipes/prep.py (conf/prep.yaml)."""
 
     blend: Blend = MISSING
+    tokenizer: Tokenizer = MISSING
+    template: dict[str, Any] = MISSING
+    pack_size: int = MISSING  # tokens
+    over_long: str = MISSING  # truncate | drop
+    split: Split = MISSING
+    messages_field: str = MISSING
+    tools_field: str = MISSING
+    max_drop_ratio: float = MISSING
+    sample: int | None = MISSING  # records per data set
+    seed: int = MISSING
+    format: str = MISSING  # npy | parquet
+    output_dir: str | None = MISSING
+    workers: int | None = MISSING
+    force: bool = MISSING
+    inspect: str | None = MISSING
+
+
+# --- recipes/train.py --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model(Bridge):
+    """conf/model: a Bridge recipe or provider, and what differs from it."""
+
+    name: str = MISSING
+    recipe: str | None = MISSING  # function in megatron.bridge.recipes that returns a ConfigContainer
+    provider: str | None = MISSING  # model provider class, for a model without a recipe
+
+
+@dataclass
+class Data:
+    """conf/data: which prep output to train on."""
+
+    path: str = MISSING  # its directory, or "latest"
+    verify: str = MISSING  # sizes | full
+
+
+@dataclass
+class Train(Bridge):
+    train_iters: int | None = MISSING
+    epochs: float | None = MISSING
+    global_batch_size: int | None = MISSING  # packs
+    packs_per_microbatch: int | None = MISSING
+
+
+@dataclass
+class Validation(Bridge):
+    eval_interval: int | None = MISSING
+    eval_iters: int | None = MISSING
+
+
+@dataclass
+class Optimizer(Bridge):
+    lr: float | None = MISSING
+    min_lr: float | None = MISSING
+    weight_decay: float | None = MISSING
+    adam_beta1: float | None = MISSING
+    adam_beta2: float | None = MISSING
+    clip_grad: float | None = MISSING
+
+
+@dataclass
+class Scheduler(Bridge):
+    lr_decay_style: str | None = MISSING
+    lr_warmup_iters: int | None = MISSING
+
+
+@dataclass
+class Checkpoint(Bridge):
+    load: str | None = MISSING
+    save_interval: int | None = MISSING
+
+
+@dataclass
+class Ddp(Bridge):
+    pass
+
+
+@dataclass
+class Logger(Bridge):
+    log_interval: int | None = MISSING
+
+
+@dataclass
+class Dist(Bridge):
+    pass
+
+
+@dataclass
+class Heldout:
+    path: str | None = MISSING
+    samples: int = MISSING
+    max_new_tokens: int = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """The composed config of recipes/train.py (conf/train.yaml)."""
+
+    name: str = MISSING
+    model: Model = MISSING
+    data: Data = MISSING
+    init_from: str = MISSING
+    run_dir: str | None = MISSING
+    output_dir: str = MISSING
+    seed: int = MISSING
+    train: Train = MISSING
+    validation: Validation = MISSING
+    optimizer: Optimizer = MISSING
+    scheduler: Scheduler = MISSING
+    checkpoint: Checkpoint = MISSING
+    ddp: Ddp = MISSING
+    logger: Logger = MISSING
+    dist: Dist = MISSING
+    heldout: Heldout = MISSING
