@@ -1,0 +1,284 @@
+"""Role-labelled text to token ids and a loss mask, in large batches.
+
+    tokenizer = load_tokenizer("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16")
+    ids, mask, offsets = tokenize(tokenizer, sequences)
+
+Spans are encoded one by one, so no merge crosses a span boundary: at inference the prompt is tokenized before
+the answer exists. Special tokens written in the text are recognised and none are added.
+
+Two encoders give the same ids: fastokens, and Hugging Face's tokenizers. The first is several times as fast
+and is used where a check at start-up finds it equal on special tokens, whitespace, scripts, digits and code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_sft.errors import UserError
+
+BACKENDS = ("auto", "fastokens", "tokenizers")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# The end of a turn or text where a bare tokenizer.json does not say which it is.
+_USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer ready to encode. Plain data: pickles to worker processes, which open the files again.
+
+    name: as given to load_tokenizer; revision: the hub's commit, None for local files.
+    backend: "fastokens" or "tokenizers".
+    vocab_size: the largest id + 1. special_tokens: {"eos_token": "<|im_end|>", ...}, for chat templates.
+    digest: sha256 (hex) of the contents of tokenizer.json (not its layout) and the ids of eos and pad.
+    """
+
+    name: str
+    file: Path
+    revision: str | None
+    backend: str
+    threads: int
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    special_tokens: dict[str, str] = field(repr=False)
+    digest: str = field(repr=False)
+
+    def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets): int32 (tokens,) of all texts in a row, and int64 (texts + 1,); text i is
+        ids[offsets[i]:offsets[i + 1]]. `ids` may be read-only."""
+        if self.backend == "fastokens":
+            return _encode_flat(self._fast, texts)
+        return _encode_reference(self._reference, texts)
+
+    def decode(self, ids) -> str:
+        """The text of token ids, special tokens included."""
+        return self._reference.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    @cached_property
+    def _fast(self):
+        _limit_threads(self.threads)
+        return _open_fastokens(self.file)
+
+    @cached_property
+    def _reference(self):
+        _limit_threads(self.threads)
+        return _open_reference(self.file)
+
+    def __getstate__(self):
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+
+def load_tokenizer(
+    model: str, *, revision: str | None = None, backend: str = "auto", threads: int = 1
+) -> Tokenizer:
+    """The tokenizer of a directory, a tokenizer.json, or a Hugging Face hub id (no other file is fetched).
+
+    `backend="fastokens"` insists on it, "auto" falls back. `threads` bounds the threads of both encoders in
+    this process; it has no effect once one of them has run. Raises UserError.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"tokenizer.backend={backend}: choose from {', '.join(BACKENDS)}")
+    _limit_threads(threads)
+    file, commit = _find(str(model), revision)
+    try:
+        content = json.loads(file.read_bytes())
+        reference = _open_reference(file)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+    vocabulary = reference.get_vocab(with_added_tokens=True)
+    named = _special_tokens(file.parent)
+    if "eos_token" not in named and (usual := [token for token in _USUAL_ENDS if token in vocabulary]):
+        named["eos_token"] = usual[0]
+    for role in ("eos_token", "pad_token"):
+        if role in named and named[role] not in vocabulary:
+            raise UserError(f"{file}: {role} {named[role]} is not in the vocabulary")
+    if "eos_token" not in named:
+        raise UserError(f"{file}: no end-of-text token: name eos_token in tokenizer_config.json beside it")
+    eos = vocabulary[named["eos_token"]]
+    pad = vocabulary[named.get("pad_token", named["eos_token"])]
+    if _decode(reference, ["x", "y"]) != "xy":
+        raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
+    if backend != "tokenizers":
+        difference = _difference(file, reference)
+        if difference and backend == "fastokens":
+            raise UserError(f"{file}: fastokens cannot encode it: {difference}; use tokenizer.backend=auto")
+        backend = "tokenizers" if difference else "fastokens"
+    return Tokenizer(
+        name=str(model),
+        file=file,
+        revision=commit,
+        backend=backend,
+        threads=threads,
+        vocab_size=max(vocabulary.values()) + 1,
+        eos_id=eos,
+        pad_id=pad,
+        special_tokens=named,
+        digest=_digest(content, eos, pad),
+    )
+
+
+def tokenize(
+    tokenizer: Tokenizer, sequences: list[list[tuple[str, str]]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode sequences of (role, text) spans in one batch.
+
+    Returns ids int32 (tokens,), mask uint8 (tokens,), 1 on the tokens of spans of role "assistant", and
+    offsets int64 (sequences + 1,): sequence i is ids[offsets[i]:offsets[i + 1]].
+    """
+    ids, bounds = tokenizer.encode_batch([text for spans in sequences for _, text in spans])
+    trained = np.array([role == "assistant" for spans in sequences for role, _ in spans], dtype=np.uint8)
+    first_span = np.cumsum([0, *map(len, sequences)])
+    return ids, np.repeat(trained, np.diff(bounds)), bounds[first_span]
+
+
+# --- finding and reading files -----------------------------------------------------------------------------
+
+
+def _find(model: str, revision: str | None) -> tuple[Path, str | None]:
+    """(tokenizer.json, hub commit or None)"""
+    path = Path(model)
+    if path.exists():
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(
+                f"{path}: no tokenizer.json there; write one with "
+                "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        return file, None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UserError(f"no tokenizer at {model}: give a directory, a tokenizer.json or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub client's errors have no common base
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no tokenizer {model}: not a local path, and the hub says: {type(error).__name__}: {reason}"
+        ) from None
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{model}: the hub repository has no tokenizer.json")
+    return folder / "tokenizer.json", folder.name
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token, eos_token, ... as named in the files beside tokenizer.json; the config has the last word."""
+    named = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_bytes())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise UserError(f"{folder / name}: not JSON: {error}") from None
+        for key, value in content.items():
+            if key.endswith("_token") and isinstance(token := _content(value), str):
+                named[key] = token
+    return named
+
+
+def _content(token: object) -> object:
+    """A token is spelled as a string or as {"content": "...", ...}."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _digest(content: dict, eos: int, pad: int) -> str:
+    kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+    text = json.dumps([kept, eos, pad], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- the two encoders --------------------------------------------------------------------------------------
+
+
+def _limit_threads(threads: int) -> None:
+    """Both encoders run a rayon pool sized at first use from the environment."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+
+
+def _open_reference(file: Path):
+    from tokenizers import Tokenizer as Reference
+
+    reference = Reference.from_file(str(file))
+    reference.no_truncation()
+    reference.no_padding()
+    return reference
+
+
+def _open_fastokens(file: Path):
+    from fastokens import Tokenizer as Fast
+
+    fast = Fast.from_file(str(file))
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _encode_reference(reference, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    encoded = [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    ids = np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=offsets[-1])
+    return ids, offsets
+
+
+def _encode_flat(fast, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    ids, offsets = fast.encode_batch_flat(texts, add_special_tokens=False)
+    return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
+
+
+def _decode(reference, texts: list[str]) -> str:
+    ids, _ = _encode_reference(reference, texts)
+    return reference.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def _difference(file: Path, reference) -> str | None:
+    """Why fastokens cannot stand in for `reference`, or None."""
+    try:
+        fast = _open_fastokens(file)
+        texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
+        got_ids, got_offsets = _encode_flat(fast, texts)
+    except Exception as error:  # unsupported models raise ValueError, others whatever Rust reports
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    ids, offsets = _encode_reference(reference, texts)
+    if np.array_equal(got_ids, ids) and np.array_equal(got_offsets, offsets):
+        return None
+    for i, text in enumerate(texts):
+        got = got_ids[got_offsets[i] : got_offsets[i + 1]]
+        if not np.array_equal(got, ids[offsets[i] : offsets[i + 1]]):
+            return f"it encodes {text[:40]!r} differently"
+    return "its offsets differ"
+
+
+def probes(added: list[str]) -> list[str]:
+    """Texts that tell encoders apart: hand-picked ones, every added token in context, and seeded mixtures."""
+    picked = [
+        "", " ", "  ", "\n", "\n\n\n", "\t\t x", "a", " a", "a ", "  a  b   c  ", "a\r\nb\rc",
+        "\u00a0x\u2003y\u3000z", "Hello, world! It's what they've said: DON'T, we'll, I'd'VE.",
+        "snake_case camelCase kebab-case HTTPServer2", "x²+y²=z² ∑∫√ ≠≤ αβγ → ⇒",
+        "0 12 123 1234 12345678901234567890 3.14159e-10 1,000,000 0x1F ٣٤٥ ५६७ ½ ² Ⅷ",
+        "def f(x: int) -> dict[str, int]:\n    return {'a': x ** 2}  # fin\n\n\tif x && y:\n\t\tgoto end;\n",
+        '{"k": [1, 2.5, null, true, "\\u00e9\\n"], "nested": {"": []}}', "<b>html</b> &amp; <!-- x --> </think",
+        "数据处理和机器学习。日本語のテキスト、한국어 문장입니다", "ภาษาไทย עברית العربية हिन्दी தமிழ்",
+        "naïve résumé Straße ĳ ﬁ Å \u212b", "e\u0301 n\u0303 \u0300x a\u0308\u0323",
+        "🚀👩\u200d👩\u200d👧🏳\ufe0f\u200d🌈👍🏽🇩🇪 e🎉f", "\u200b\u200d\ufeff\u2028\u2029\x00\x07\x1b\x7f",
+        "\U0001d4d0\U0001f9ff\ufffd\ue000", "a" * 300, "ab " * 200, " " * 120 + "x", "\n" * 50, "!" * 70 + "=" * 70,
+        "https://example.org/a?b=c&d=%20#frag user@example.org C:\\dir\\file.txt ~/x/../y",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think></think>ok<|im_end|>\n",
+        "<|im_start", "|im_end|>", "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n",
+    ]  # fmt: skip
+    rng = random.Random(0)
+    pieces = [part for text in picked for part in re.findall(r"\s+|\w+|[^\w\s]+", text) if len(part) < 30]
+    mixed = ["".join(rng.choices(pieces, k=rng.randrange(2, 24))) for _ in range(300)]
+    around = [f"{left}{token}{right}" for token in added for left, right in ((" a", "b "), ("\n ", " \n"))]
+    pairs = ["".join(rng.choices(added, k=3)) for _ in range(100)] if added else []
+    return [*picked, *mixed, *added, *around, *pairs]
