@@ -5,7 +5,7 @@
         metadata.json                          written last: without it the output does not exist
 
 A file appears under its name only when it is whole: it is written to a temporary name, synced, and renamed.
-`write_parquet` writes Megatron-Bridge's own packed schema instead. docs/format.md describes every byte.
+`ParquetWriter` writes Megatron-Bridge's own packed schema instead. docs/format.md describes every byte.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from nemotron_sft.errors import UserError
-from nemotron_sft.packing import compiled, members
 
 FORMAT, VERSION = "nemotron-sft-packed", 1
 
@@ -100,39 +98,93 @@ class AtomicFile:
         return self._digest.hexdigest()
 
 
-class PackWriter(AtomicFile):
+class PackWriter:
     """Stream `packs` records of `dtype` to a .npy file; memory holds one chunk at a time.
 
         with PackWriter(path, packs, dtype) as writer:
-            writer.append(records)  # (n,) of dtype, as often as you like
+            writer.write(records)  # (n,) of dtype, as often as you like
+        writer.bytes, writer.sha256
 
     Raises ValueError, and leaves no file, when the number of records is not `packs`.
     """
 
     def __init__(self, path: str | Path, packs: int, dtype: np.dtype):
-        super().__init__(path)
+        self.file = AtomicFile(path)
         self.packs, self.dtype, self.written = packs, dtype, 0
 
     def __enter__(self):
-        super().__enter__()
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (self.packs,)}
-        np.lib.format.write_array_header_1_0(self, header)
+        with ExitStack() as stack:
+            stack.enter_context(self.file)
+            self._open(stack)
+            self._stack = stack.pop_all()
         return self
 
-    def append(self, records: np.ndarray) -> None:
+    def write(self, records: np.ndarray) -> None:
         if records.dtype != self.dtype:
             raise ValueError(f"records of {records.dtype} for a file of {self.dtype}")
         self.written += len(records)
         if len(records):
-            self.write(np.ascontiguousarray(records).view(np.uint8))
+            self._append(records)
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None and self.written != self.packs:
-            error = ValueError(f"{self.path}: {self.written} packs written, {self.packs} announced")
-            super().__exit__(ValueError, error, None)
+            error = ValueError(f"{self.file.path}: {self.written} packs written, {self.packs} announced")
+            self._stack.__exit__(ValueError, error, None)
             raise error
-        super().__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def bytes(self) -> int:
+        return self.file.bytes
+
+    @property
+    def sha256(self) -> str:
+        return self.file.sha256
+
+    # What a format decides:
+
+    def _open(self, stack: ExitStack) -> None:
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.packs,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def _append(self, records: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(records).view(np.uint8))
+
+
+class ParquetWriter(PackWriter):
+    """The same, into Megatron-Bridge's packed schema, which its GPTSFTPackedParquetDataset reads.
+
+    Columns: input_ids list<int32> without padding, loss_mask list<int8>, seq_start_id list<int32>. Bridge
+    pairs loss_mask[j] with the label input_ids[j + 1], so the mask moves one place to the left inside every
+    sequence; the last token of a sequence, which has no label, gets 0.
+
+    Raises ValueError for a name that Bridge would not read.
+    """
+
+    # Bridge decodes a whole row group for every pack that it picks at random, so groups are smaller than the
+    # 500 packs of Bridge's own writer.
+    ROW_GROUP = 64
+
+    def _open(self, stack: ExitStack) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not str(self.file.path).endswith(".idx.parquet"):
+            raise ValueError(
+                f"{self.file.path}: Megatron-Bridge reads packs from names ending in .idx.parquet"
+            )
+        kinds = {"input_ids": pa.int32(), "loss_mask": pa.int8(), "seq_start_id": pa.int32()}
+        self.schema = pa.schema([(name, pa.list_(kind)) for name, kind in kinds.items()])
+        self.parquet = stack.enter_context(pq.ParquetWriter(self.file, self.schema, compression="zstd"))
+
+    def _append(self, records: np.ndarray) -> None:
+        import pyarrow as pa
+
+        for low in range(0, len(records), self.ROW_GROUP):
+            columns = _bridge_columns(records[low : low + self.ROW_GROUP])
+            lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values, offsets in columns]
+            self.parquet.write_table(pa.table(lists, schema=self.schema))
 
 
 def open_packs(path: str | Path) -> np.memmap:
@@ -172,170 +224,28 @@ def open_packs(path: str | Path) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
-def fill_packs(
-    out: np.ndarray,
-    spools: Sequence[tuple[np.ndarray, np.ndarray]],
-    spool: np.ndarray,
-    start: np.ndarray,
-    length: np.ndarray,
-    bounds: np.ndarray,
-    pad_id: int,
-) -> None:
-    """Fill `out`, (n,) of `pack_dtype`, with sequences cut from flat token arrays.
-
-    spools: one (ids int32 (T,), mask uint8 (T,)) per spool; of a memory map, only the tokens needed are read.
-    spool, start, length: (m,) per sequence, in pack order: its spool, its first token there, its tokens.
-    bounds: (n + 1,) pack p holds the sequences bounds[p]:bounds[p + 1] of these arrays.
-
-    Raises ValueError when a pack would overflow or a sequence reaches past the end of its spool.
-    """
-    pack_size = out.dtype["input_ids"].shape[0]
-    counts = np.diff(bounds)
-    pack = np.repeat(np.arange(len(out)), counts)
-    ends = np.cumsum(length, dtype=np.int64)
-    before = np.concatenate([[0], ends])[bounds]  # tokens ahead of each pack
-    end = ends - before[pack]
-    tokens = np.diff(before)
-    if len(out) and (tokens.max() > pack_size or counts.max() >= out.dtype["cu_seqlens"].shape[0]):
-        raise ValueError(
-            f"a pack of {tokens.max()} tokens in {counts.max()} sequences does not fit {out.dtype}"
-        )
-
-    out["input_ids"] = pad_id
-    out["loss_mask"] = 0
-    out["cu_seqlens"] = tokens[:, None]
-    out["cu_seqlens"][:, 0] = 0
-    rank = np.arange(len(pack)) - np.asarray(bounds)[pack]
-    out["cu_seqlens"][pack, rank + 1] = end
-
-    # Spool by spool, each from front to back: packs are shuffled, disks like order.
-    reading = np.lexsort((start, spool))
-    edges = np.searchsorted(np.asarray(spool)[reading], np.arange(len(spools) + 1))
-    for (ids, mask), low, high in zip(spools, edges, edges[1:], strict=False):
-        part = reading[low:high]
-        if not len(part):
-            continue
-        if (start[part] + length[part]).max() > len(ids) or start[part].min() < 0:
-            raise ValueError("a sequence reaches past the end of its spool")
-        where = pack[part], end[part] - length[part], start[part], length[part]
-        compiled(_copy)(out["input_ids"], out["loss_mask"], np.asarray(ids), np.asarray(mask), *where)
+def write_parquet(path: str | Path, packs: np.ndarray) -> ParquetWriter:
+    """Copy packs, (n,) of `pack_dtype` and memory-mapped if large, to Bridge's schema. Returns the writer."""
+    with ParquetWriter(path, len(packs), packs.dtype) as writer:
+        for low in range(0, len(packs), writer.ROW_GROUP):
+            writer.write(packs[low : low + writer.ROW_GROUP])
+    return writer
 
 
-def _copy(out_ids, out_mask, ids, mask, pack, to, start, length):  # compiled by Numba
-    for k in range(pack.size):
-        for i in range(length[k]):
-            out_ids[pack[k], to[k] + i] = ids[start[k] + i]
-            out_mask[pack[k], to[k] + i] = mask[start[k] + i]
-
-
-def stream_packs(
-    spools: Sequence[tuple[np.ndarray, np.ndarray]],
-    spool: np.ndarray,
-    start: np.ndarray,
-    length: np.ndarray,
-    bins: np.ndarray,
-    pack_size: int,
-    pad_id: int,
-    chunk_bytes: int = 64 << 20,
-) -> Iterator[np.ndarray]:
-    """Yield the packs that `bins` (from packing.pack) describes, in order, in chunks of about `chunk_bytes`.
-
-    spools, spool, start, length: as for `fill_packs`, the latter three (N,) like bins and in any order; a
-    sequence is cut short by giving a smaller length. Yields (n,) of pack_dtype(pack_size, max_sequences).
-    """
-    order, bounds = members(bins)
-    if len(bounds) == 1:
-        return
-    dtype = pack_dtype(pack_size, int(np.diff(bounds).max()))
-    step = max(1, chunk_bytes // dtype.itemsize)
-    for first in range(0, len(bounds) - 1, step):
-        edges = bounds[first : first + step + 1]
-        chosen = order[edges[0] : edges[-1]]
-        out = np.zeros(len(edges) - 1, dtype)
-        fill_packs(out, spools, spool[chosen], start[chosen], length[chosen], edges - edges[0], pad_id)
-        yield out
-
-
-def write_packs(path: str | Path, chunks: Iterable[np.ndarray], packs: int) -> dict:
-    """Write the packs that `stream_packs` yields and return what metadata.json says of the split.
-
-    The format follows the name: `.npy`, or Megatron-Bridge's `.idx.parquet`. Returns packs, sequences,
-    tokens, trained_tokens, fill (tokens / (packs * pack_size)), file, bytes and sha256 (hex). Raises
-    ValueError when the chunks do not hold `packs` packs, of which there must be at least one.
-    """
-    path = Path(path)
-    tally = {"packs": 0, "sequences": 0, "tokens": 0, "trained_tokens": 0}
-    chunks = iter(chunks)
-    first = next(chunks, None)
-    if first is None:
-        raise ValueError(f"{path}: no packs to write")
-
-    def counted():
-        for records in chain([first], chunks):
-            tally["packs"] += len(records)
-            tally["sequences"] += int((np.diff(records["cu_seqlens"]) > 0).sum())
-            tally["tokens"] += int(records["cu_seqlens"][:, -1].sum(dtype=np.int64))
-            tally["trained_tokens"] += int(records["loss_mask"].sum(dtype=np.int64))
-            yield records
-        if tally["packs"] != packs:
-            raise ValueError(f"{path}: {tally['packs']} packs to write, {packs} announced")
-
-    if path.suffix == ".parquet":
-        file = write_parquet(path, counted())
-    else:
-        with PackWriter(path, packs, first.dtype) as file:
-            for records in counted():
-                file.append(records)
-    places = packs * first["input_ids"].shape[1]
-    fill = round(tally["tokens"] / places, 6)
-    return tally | {"fill": fill, "file": path.name, "bytes": file.bytes, "sha256": file.sha256}
-
-
-def write_parquet(path: str | Path, chunks: Iterable[np.ndarray], row_group: int = 64) -> AtomicFile:
-    """Write packs in Megatron-Bridge's packed schema, which its GPTSFTPackedParquetDataset reads.
-
-    Columns: input_ids list<int32> without padding, loss_mask list<int8>, seq_start_id list<int32>. Bridge
-    pairs loss_mask[j] with the label input_ids[j + 1], so the mask moves one place to the left inside every
-    sequence; the last token of a sequence, which has no label, gets 0.
-
-    row_group: packs per row group. Bridge decodes a whole group for every pack that it picks at random, so
-    the group is smaller than the 500 of Bridge's writer. Raises ValueError for a name Bridge would not read.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not str(path).endswith(".idx.parquet"):
-        raise ValueError(f"{path}: Megatron-Bridge reads packs from names ending in .idx.parquet")
-    kinds = {"input_ids": pa.int32(), "loss_mask": pa.int8(), "seq_start_id": pa.int32()}
-    schema = pa.schema([(name, pa.list_(kind)) for name, kind in kinds.items()])
-
-    def lists(counts, values, kind):
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        return pa.ListArray.from_arrays(offsets, pa.array(values, type=kind))
-
-    with AtomicFile(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for records in chunks:
-            for low in range(0, len(records), row_group):
-                ids, mask, starts, tokens, sequences = _bridge_columns(records[low : low + row_group])
-                columns = [
-                    lists(tokens, ids, pa.int32()),
-                    lists(tokens, mask, pa.int8()),
-                    lists(sequences, starts, pa.int32()),
-                ]
-                writer.write_table(pa.table(columns, schema=schema))
-    return file
-
-
-def _bridge_columns(records: np.ndarray):
-    """Flat ids, shifted mask and sequence starts of (n,) packs; tokens and sequences of each pack."""
+def _bridge_columns(records: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Bridge's columns for (n,) packs as (values, offsets): pack p has values[offsets[p]:offsets[p+1]]."""
     cu = records["cu_seqlens"]
-    real = np.arange(records["input_ids"].shape[1]) < cu[:, -1:]
-    shifted = np.zeros_like(records["loss_mask"])
-    shifted[:, :-1] = records["loss_mask"][:, 1:]
     used = np.diff(cu) > 0
     pack = np.nonzero(used)[0]
+    shifted = np.zeros_like(records["loss_mask"])
+    shifted[:, :-1] = records["loss_mask"][:, 1:]
     shifted[pack, cu[:, 1:][used] - 1] = 0
-    return records["input_ids"][real], shifted[real].view(np.int8), cu[:, :-1][used], cu[:, -1], used.sum(1)
+    real = np.arange(shifted.shape[1]) < cu[:, -1:]
+    tokens, sequences = (
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int32) for counts in (cu[:, -1], used.sum(1))
+    )
+    ids, mask, starts = records["input_ids"][real], shifted[real].view(np.int8), cu[:, :-1][used]
+    return [(ids, tokens), (mask, tokens), (starts, sequences)]
 
 
 def read_pack(path: str | Path, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

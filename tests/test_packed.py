@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nemotron_sft import packed
 from nemotron_sft.errors import UserError
@@ -19,88 +17,43 @@ from nemotron_sft.packing import members, pack
 PAD = 99
 
 
-def make_spools(lengths, spool, count):
-    """Random tokens for sequences of these lengths, sequence k lying in spool[k], with gaps between them."""
-    random = np.random.default_rng(len(lengths))
-    start = np.zeros(len(lengths), np.int64)
-    ids, mask = [[] for _ in range(count)], [[] for _ in range(count)]
-    for k in random.permutation(len(lengths)):
-        start[k] = len(ids[spool[k]])
-        ids[spool[k]] += random.integers(0, 90, lengths[k] + 2).tolist()
-        mask[spool[k]] += random.integers(0, 2, lengths[k] + 2).tolist()
-    return [(np.array(i, np.int32), np.array(m, np.uint8)) for i, m in zip(ids, mask, strict=True)], start
+def records_of(sequences=200, pack_size=64):
+    """Packs of random tokens, laid out with plain loops."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, pack_size + 1, sequences)
+    order, bounds = members(pack(lengths, pack_size))
+    packs = np.zeros(len(bounds) - 1, packed.pack_dtype(pack_size, int(np.diff(bounds).max())))
+    packs["input_ids"] = PAD
+    for record, low, high in zip(packs, bounds, bounds[1:], strict=False):
+        cu = np.concatenate([[0], np.cumsum(lengths[order[low:high]])])
+        record["input_ids"][: cu[-1]] = random.integers(0, PAD, cu[-1])
+        record["loss_mask"][: cu[-1]] = random.integers(0, 2, cu[-1])
+        record["cu_seqlens"] = cu[-1]
+        record["cu_seqlens"][: len(cu)] = cu
+    return packs
 
 
-def example(n=200, pack_size=64, spools=3):
-    lengths = np.random.default_rng(0).integers(1, pack_size + 1, n)
-    spool = np.random.default_rng(1).integers(0, spools, n)
-    data, start = make_spools(lengths, spool, spools)
-    bins = pack(lengths, pack_size)
-    return data, spool, start, lengths, bins, pack_size
-
-
-def records_of(pack_size=64, **kwargs):
-    arguments = example(pack_size=pack_size, **kwargs)
-    return np.concatenate(list(packed.stream_packs(*arguments, PAD)))
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=80), st.integers(1, 4000)
-)
-def test_streamed_packs_hold_every_sequence_in_its_bin(sequences, chunk_bytes):
-    lengths, spool = (np.array(column) for column in zip(*sequences, strict=True))
-    data, start = make_spools(lengths, spool, 4)
-    bins = pack(lengths, 50, seed=1)
-    chunks = list(packed.stream_packs(data, spool, start, lengths, bins, 50, PAD, chunk_bytes))
-    assert len(chunks) > 1 or chunks[0].nbytes <= chunk_bytes or len(chunks[0]) == 1
-    records = np.concatenate(chunks)
-    order, bounds = members(bins)
-    assert len(records) == len(bounds) - 1
-    for b, record in enumerate(records):
-        inside = order[bounds[b] : bounds[b + 1]]
-        cu = record["cu_seqlens"]
-        assert cu[: len(inside) + 1].tolist() == np.concatenate([[0], np.cumsum(lengths[inside])]).tolist()
-        assert (cu[len(inside) :] == cu[-1]).all()
-        for k, low, high in zip(inside, cu, cu[1:], strict=False):
-            ids, mask = data[spool[k]]
-            assert (record["input_ids"][low:high] == ids[start[k] : start[k] + lengths[k]]).all()
-            assert (record["loss_mask"][low:high] == mask[start[k] : start[k] + lengths[k]]).all()
-        assert (record["input_ids"][cu[-1] :] == PAD).all() and not record["loss_mask"][cu[-1] :].any()
-
-
-def test_a_pack_that_would_overflow_is_refused():
-    data, spool, start, lengths, _, size = example()
-    with pytest.raises(ValueError, match="does not fit"):
-        list(packed.stream_packs(data, spool, start, lengths, np.zeros(len(lengths), int), size, PAD))
-
-
-def test_a_sequence_outside_its_spool_is_refused():
-    data, spool, start, lengths, bins, size = example()
-    with pytest.raises(ValueError, match="past the end"):
-        list(packed.stream_packs(data, spool, start + 10_000, lengths, bins, size, PAD))
+def write(path, packs, chunk=7):
+    """Write packs a few at a time, in the format that the name asks for."""
+    kind = packed.ParquetWriter if path.suffix == ".parquet" else packed.PackWriter
+    with kind(path, len(packs), packs.dtype) as writer:
+        for low in range(0, len(packs), chunk):
+            writer.write(packs[low : low + chunk])
+    return writer
 
 
 @pytest.mark.parametrize("pack_size", [64, 61])  # 61: the record needs alignment padding
 def test_written_packs_are_read_by_plain_numpy_and_by_us(tmp_path, pack_size):
-    arguments = example(pack_size=pack_size)
-    records = np.concatenate(list(packed.stream_packs(*arguments, PAD)))
+    records = records_of(pack_size=pack_size)
     path = tmp_path / "training.npy"
-    chunks = packed.stream_packs(*arguments, PAD, chunk_bytes=4000)
-    split = packed.write_packs(path, chunks, int(arguments[4].max()) + 1)
+    writer = write(path, records)
     packs = packed.open_packs(path)
     for read in (packs, np.load(path, mmap_mode="r")):
         assert all((read[name] == records[name]).all() for name in records.dtype.names)
         assert read["cu_seqlens"].flags.aligned
     assert not packs.flags.writeable
-    lengths = arguments[3]
-    assert split == {
-        "packs": len(records), "sequences": len(lengths), "tokens": lengths.sum(),
-        "trained_tokens": records["loss_mask"].sum(),
-        "fill": round(lengths.sum() / records["input_ids"].size, 6),
-        "file": "training.npy", "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }  # fmt: skip
+    content = path.read_bytes()
+    assert (writer.bytes, writer.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert [p.name for p in tmp_path.iterdir()] == ["training.npy"]
 
 
@@ -110,22 +63,25 @@ def test_an_empty_file_and_a_single_pack(tmp_path):
         pass
     assert packed.open_packs(tmp_path / "none.npy").shape == (0,)
     with packed.PackWriter(tmp_path / "one.npy", 1, dtype) as writer:
-        writer.append(np.ones(1, dtype))
+        writer.write(np.ones(1, dtype))
     assert packed.open_packs(tmp_path / "one.npy")["input_ids"].tolist() == [[1] * 8]
 
 
-@pytest.mark.parametrize("packs", [1, 3])
-def test_the_wrong_number_of_packs_leaves_no_file(tmp_path, packs):
+@pytest.mark.parametrize("announced", [1, 3])
+@pytest.mark.parametrize("kind", [packed.PackWriter, packed.ParquetWriter])
+def test_the_wrong_number_of_packs_leaves_no_file(tmp_path, announced, kind):
     dtype = packed.pack_dtype(8, 2)
     with (
-        pytest.raises(ValueError, match=f"2 packs written, {packs} announced"),
-        packed.PackWriter(tmp_path / "a.npy", packs, dtype) as writer,
+        pytest.raises(ValueError, match=f"2 packs written, {announced} announced"),
+        kind(tmp_path / "a.idx.parquet", announced, dtype) as writer,
     ):
-        writer.append(np.ones(2, dtype))
+        writer.write(np.ones(2, dtype))
     assert list(tmp_path.iterdir()) == []
-    for name in ("a.npy", "a.idx.parquet"):
-        with pytest.raises(ValueError, match=f"2 packs to write, {packs} announced"):
-            packed.write_packs(tmp_path / name, [np.ones(2, dtype)], packs)
+    with (
+        pytest.raises(ValueError, match="for a file of"),
+        kind(tmp_path / "a.idx.parquet", 1, dtype) as writer,
+    ):
+        writer.write(np.ones(1, packed.pack_dtype(9, 2)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,7 +89,7 @@ def test_an_exception_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path, dtype = tmp_path / "a.npy", packed.pack_dtype(8, 2)
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), packed.PackWriter(path, 1, dtype) as writer:
-        writer.append(np.ones(1, dtype))
+        writer.write(np.ones(1, dtype))
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.npy"]
 
@@ -144,7 +100,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
         from nemotron_sft import packed
         dtype = packed.pack_dtype(8, 2)
         with packed.PackWriter({str(tmp_path / "a.npy")!r}, 2, dtype) as writer:
-            writer.append(np.ones(1, dtype)); writer.flush()
+            writer.write(np.ones(1, dtype)); writer.file.flush()
             os.kill(os.getpid(), signal.SIGKILL)"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert [p.name for p in tmp_path.iterdir()] == [".a.npy.tmp"]
@@ -154,7 +110,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
     with packed.PackWriter(tmp_path / "a.npy", 2, dtype) as writer:  # takes the leftover over
         with pytest.raises(UserError, match="another run"), packed.AtomicFile(tmp_path / "a.npy"):
             pass
-        writer.append(np.full(2, 7, dtype))
+        writer.write(np.full(2, 7, dtype))
     assert packed.open_packs(tmp_path / "a.npy")["input_ids"].sum() == 2 * 8 * 7
 
 
@@ -162,7 +118,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
 def test_truncated_files_are_refused_in_one_line(tmp_path, keep):
     path = tmp_path / "training.npy"
     records = records_of()
-    packed.write_packs(path, [records], len(records))
+    write(path, records)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"training\.npy") as error:
         packed.open_packs(path)
@@ -181,10 +137,10 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         (lambda: np.save(path, whole.reshape(1, -1)), "not packs"),
         (lambda: np.save(path, np.array([{"input_ids": [1]}], object)), "pickled"),
         (lambda: path.write_text("hello"), "no .npy file"),
-        (lambda: packed.write_packs(path, [whole], len(whole)) and path.open("ab").write(b"x"), "longer"),
+        (lambda: write(path, whole) and path.write_bytes(path.read_bytes() + b"x"), "longer"),
     ]
-    for write, message in cases:
-        write()
+    for make, message in cases:
+        make()
         with pytest.raises(UserError, match=message) as error:
             packed.open_packs(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -212,22 +168,17 @@ def test_metadata_round_trip_and_its_errors(tmp_path):
 def test_parquet_has_bridges_schema_and_reads_back(tmp_path):
     import pyarrow.parquet as pq
 
-    arguments = example()
-    chunks = list(packed.stream_packs(*arguments, PAD, chunk_bytes=20_000))
-    assert len(chunks) > 1
+    records = records_of()
     path = tmp_path / "training.idx.parquet"
-    split = packed.write_packs(path, chunks, sum(map(len, chunks)))
-    assert (split["bytes"], split["sha256"]) == (
-        path.stat().st_size,
-        hashlib.sha256(path.read_bytes()).hexdigest(),
-    )
+    writer = write(path, records, chunk=100)
+    content = path.read_bytes()
+    assert (writer.bytes, writer.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     types = [str(field.type.value_type) for field in pq.read_schema(path)]
     assert (pq.read_schema(path).names, types) == (
         ["input_ids", "loss_mask", "seq_start_id"], ["int32", "int8", "int32"],
     )  # fmt: skip
-    records = np.concatenate(chunks)
-    packed.write_packs(tmp_path / "a.npy", [records], len(records))
-    for index in (0, 1, len(chunks[0]), len(records) - 1):
+    write(tmp_path / "a.npy", records)
+    for index in range(len(records)):
         ids, mask, cu = packed.read_pack(tmp_path / "a.npy", index)
         same_ids, same_mask, same_cu = packed.read_pack(path, index)
         mask[cu[:-1]] = 0  # Bridge's schema has no place for it
@@ -240,16 +191,19 @@ def test_parquet_has_bridges_schema_and_reads_back(tmp_path):
     with pytest.raises(UserError, match="no whole Parquet file"):
         packed.read_pack(path, 0)
     with pytest.raises(ValueError, match=r"\.idx\.parquet"):
-        packed.write_parquet(tmp_path / "a.parquet", chunks)
+        write(tmp_path / "a.parquet", records)
+    copy = packed.write_parquet(tmp_path / "copy.idx.parquet", packed.open_packs(tmp_path / "a.npy"))
+    assert pq.read_table(copy.file.path).equals(pq.read_table(write(path, records).file.path))
 
 
 def test_a_failed_parquet_write_leaves_no_file(tmp_path):
-    def broken():
-        yield records_of()
+    records = records_of()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        packed.ParquetWriter(tmp_path / "a.idx.parquet", len(records), records.dtype) as writer,
+    ):
+        writer.write(records)
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        packed.write_parquet(tmp_path / "a.idx.parquet", broken())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,9 +231,9 @@ print(json.dumps({name: batch[name].tolist() for name in names}))
 def test_stock_bridge_collates_our_parquet_into_what_the_packs_say(tmp_path):
     """Element by element: Bridge's batch against one built from the token-aligned packs with plain loops."""
     pack_size = 64
-    records = records_of(pack_size)
+    records = records_of(pack_size=pack_size)
     path = tmp_path / "training.idx.parquet"
-    packed.write_packs(path, [records], len(records))
+    write(path, records)
     result = subprocess.run(
         [sys.executable, "-c", BRIDGE, str(path), str(pack_size), str(PAD)], capture_output=True, text=True
     )
