@@ -13,7 +13,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -224,12 +226,28 @@ def open_packs(path: str | Path) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
-def write_parquet(path: str | Path, packs: np.ndarray) -> ParquetWriter:
-    """Copy packs, (n,) of `pack_dtype` and memory-mapped if large, to Bridge's schema. Returns the writer."""
-    with ParquetWriter(path, len(packs), packs.dtype) as writer:
-        for low in range(0, len(packs), writer.ROW_GROUP):
-            writer.write(packs[low : low + writer.ROW_GROUP])
-    return writer
+def write_packs(path: str | Path, chunks: Iterable[np.ndarray], packs: int) -> dict:
+    """Write chunks of records, `packs` (at least one) in all, in the format that the name asks for.
+
+    `.idx.parquet` is Bridge's, everything else .npy. Returns what metadata.json says of a split: packs,
+    sequences, tokens, trained_tokens, fill (tokens / (packs * pack_size)), file, bytes and sha256 (hex).
+    Raises ValueError, and leaves no file, when the chunks hold fewer or more packs.
+    """
+    path, chunks = Path(path), iter(chunks)
+    first = next(chunks)
+    kind = ParquetWriter if path.suffix == ".parquet" else PackWriter
+    sequences = tokens = trained = 0
+    with kind(path, packs, first.dtype) as writer:
+        for records in chain([first], chunks):
+            writer.write(records)
+            sequences += int((np.diff(records["cu_seqlens"]) > 0).sum())
+            tokens += int(records["cu_seqlens"][:, -1].sum(dtype=np.int64))
+            trained += int(records["loss_mask"].sum(dtype=np.int64))
+    return {
+        "packs": packs, "sequences": sequences, "tokens": tokens, "trained_tokens": trained,
+        "fill": round(tokens / (packs * first["input_ids"].shape[1]), 6),
+        "file": path.name, "bytes": writer.bytes, "sha256": writer.sha256,
+    }  # fmt: skip
 
 
 def _bridge_columns(records: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
