@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 class Dataset:
     """One entry of a blend.
 
-    path: a file, a glob, a directory, an fsspec URL, or a Hugging Face hub id `org/name` (also `hf://org/name`).
+    path: a file, a glob, a directory, an fsspec URL, or a hub id `org/name` (also `hf://org/name`).
     subset, split: which part of a hub data set or directory, by the names its card or its files give.
-    weight: passes over the data; 0.25 takes a seeded quarter, 1.5 takes all once and a seeded half again,
-        0 leaves the data set out.
+    weight: passes over the data; 0.25 takes a seeded quarter, 1.5 takes all once and a seeded half again, 0
+        leaves the data set out.
     filter: {field: value}: keep records whose field equals the value, or contains it if the field is a list.
     """
 
@@ -49,7 +49,8 @@ class Dataset:
 def load_blend(blend: config.Blend) -> tuple[str, list[Dataset]]:
     """The blend's name and its data sets, from the composed config or from the file that `blend.path` names.
 
-    Raises UserError for a missing or unreadable file, an unknown or missing field, a bad weight, a repeated name.
+    Raises UserError for a missing or unreadable file, an unknown or missing field, a bad weight, or a
+    repeated name.
     """
     name, entries, where = blend.name, blend.datasets, f"blend {blend.name}"
     if blend.path:

@@ -109,6 +109,18 @@ class Tokenizer:
 
 
 @dataclass
+class Template:
+    """conf/template: the options of chat.load_template."""
+
+    name: str = MISSING
+    mask: str = MISSING
+    history: str = MISSING
+    train_generation_prompt: bool = MISSING
+    thinking: bool = MISSING
+    special_tokens: dict[str, str] | None = MISSING
+
+
+@dataclass
 class Split:
     """Shares of the conversations; they sum to 1."""
 
@@ -123,7 +135,7 @@ class Prep:
 
     blend: Blend = MISSING
     tokenizer: Tokenizer = MISSING
-    template: dict[str, Any] = MISSING
+    template: Template = MISSING
     pack_size: int = MISSING  # tokens
     over_long: str = MISSING  # truncate | drop
     split: Split = MISSING

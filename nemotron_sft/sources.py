@@ -9,8 +9,8 @@ JSONL (.jsonl .ndjson, or .json with one object a line), JSON (.json holding one
 two also compressed (.gz .zst). Plain JSONL is split by bytes and Parquet by row groups; compressed files and
 JSON arrays cannot be entered in the middle and are one piece each.
 
-A position identifies a record inside its file: the byte offset of its line in plain JSONL, otherwise the number
-of the line, array element or row, counted from 0.
+A position identifies a record inside its file: the byte offset of its line in plain JSONL, otherwise the
+number of the line, array element or row, counted from 0.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class File:
     """One data file.
 
     path: local path or fsspec URL; for a file on the hub its name inside the data set.
-    label: how messages and the lineage name it. stamp: changes when the content does (size and time, ETag, or the
-    commit of a hub data set). hub: (repository, commit) of a file on the hub.
+    label: how messages and the lineage name it. stamp: changes when the content does (size and time, ETag, or
+    the commit of a hub data set). hub: (repository, commit) of a file on the hub.
     """
 
     path: str
@@ -61,7 +61,7 @@ class File:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file: bytes [start, stop) of plain JSONL, row groups [start, stop) of Parquet, else all of it."""
+    """Part of a file: bytes [start, stop) of plain JSONL, row groups of Parquet, else all of it."""
 
     file: File
     start: int
@@ -73,8 +73,8 @@ class Piece:
 
 
 def find(dataset: Dataset, *, download: bool = True) -> list[File]:
-    """The files of a data set in a fixed order. Hub files are downloaded first, unless `download` is false: then
-    each is fetched when it is first read.
+    """The files of a data set in a fixed order. Hub files are downloaded first, unless `download` is false:
+    then each is fetched when it is first read.
 
     A relative path counts from the working directory or, if nothing is there, from the repository.
     Raises UserError when nothing is found, naming what there is.
@@ -84,7 +84,7 @@ def find(dataset: Dataset, *, download: bool = True) -> list[File]:
         return _remote(dataset)
     local = Path(path).expanduser()
     if not path.startswith("hf://"):
-        local = next((p for p in (local, ROOT / local) if p.exists() or _is_glob(path) and _glob(p)), local)
+        local = next((p for p in (local, ROOT / local) if p.exists() or (_is_glob(path) and _glob(p))), local)
         if local.is_file():
             return [_local(local)]
         if local.is_dir():
@@ -166,7 +166,8 @@ def _remote(dataset: Dataset) -> list[File]:
 
 
 def _hub(dataset: Dataset, download: bool) -> list[File]:
-    """Files of a Hugging Face data set at one commit. Interrupted downloads are resumed by huggingface_hub."""
+    """Files of a Hugging Face data set at one commit. Interrupted downloads are resumed by
+    huggingface_hub."""
     import huggingface_hub as hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -229,8 +230,9 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
     """Which of a repository's or directory's files belong to `dataset.subset` and `dataset.split`.
 
     The card's `configs` decide where they exist: each of the two words names a config or a split (data sets
-    differ in which they use). Otherwise a word must be part of the file's path: data/train-00000-of-00002.parquet
-    belongs to train. With neither word a directory is taken whole, a hub data set must have one split or `train`.
+    differ in which they use). Otherwise a word must be part of the file's path:
+    data/train-00000-of-00002.parquet belongs to train. With neither word a directory is taken whole, a hub
+    data set must have one split or `train`.
     """
     data = [name for name in names if _is_data(name) and not name.startswith(".")]
     words = [word for word in (dataset.subset, dataset.split) if word]
@@ -257,10 +259,8 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
         files = [n for n in files if re.search(r"(^|[/._-])train($|[/._-])", n)] or files
     if not files:
         there = sorted({split for _, split, _ in parts} | {config for config, _, _ in parts}) or data[:10]
-        wanted = " ".join(words) or "data files"
-        raise UserError(
-            f"data set {dataset.name}: no {wanted} in {dataset.path}; there is {', '.join(there) or 'no data file'}"
-        )
+        wanted, there = " ".join(words) or "data files", ", ".join(there) or "no data file"
+        raise UserError(f"data set {dataset.name}: no {wanted} in {dataset.path}; there is {there}")
     return files
 
 
@@ -335,7 +335,7 @@ def opened(file: File) -> Iterator[io.BufferedIOBase]:
             raw = open(path, "rb")  # noqa: SIM115
         with raw:
             if file.packed == ".gz":
-                yield gzip.open(raw)
+                yield gzip.open(raw)  # noqa: SIM115
             elif file.packed == ".zst":
                 yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw), 1 << 20)
             else:

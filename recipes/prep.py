@@ -8,17 +8,9 @@ from nemotron_sft.config import Prep, check
 
 def main(cfg: DictConfig) -> None:
     config = check(cfg, Prep)
-    if config.inspect:
-        from nemotron_sft.report import inspect
+    from nemotron_sft import prep
 
-        inspect(config.inspect)
-        return
-
-    from nemotron_sft.prep import run
-    from nemotron_sft.report import print_report
-
-    metadata = run(config)
-    print_report(metadata)
+    print(prep.run(config)["splits"])
 
 
 if __name__ == "__main__":

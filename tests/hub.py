@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: {"org/name": {"file": bytes}}. `cut` bytes into the file named `cut_file`, its first download breaks."""
+    """repos: {"org/name": {"file": bytes}}. The first download of `cut_file` breaks after `cut` bytes."""
 
     def __init__(self, repos: dict[str, dict[str, bytes]], cut_file: str = "", cut: int = 0):
         super().__init__(("127.0.0.1", 0), Handler)
