@@ -87,7 +87,12 @@ def _dataset(entry: Any, where: str) -> Dataset:
         entry["filter"] = {**entry.get("filter", {}), "used_in": entry.pop("used_in")}
     for key in entry:
         if key not in known:
-            raise config.unknown_key(f"{where}: {key}", known)
+            best = config.nearest(str(key), known)
+            raise UserError(
+                f"{where}: unknown key {key}: did you mean {best}?"
+                if best
+                else f"{where}: unknown key {key}: known keys: {', '.join(known)}"
+            )
     for f in fields(Dataset):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in entry:
             raise UserError(f"{where}: {f.name} is missing")

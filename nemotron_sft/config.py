@@ -149,6 +149,7 @@ class Prep:
     workers: int | None = MISSING
     force: bool = MISSING
     inspect: str | None = MISSING
+    pack: int = MISSING
 
 
 # --- recipes/train.py --------------------------------------------------------------------------------------

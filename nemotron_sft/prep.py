@@ -50,7 +50,8 @@ CHUNK_TOKENS = 4 << 20  # of output assembled at once
 def run(cfg: Prep) -> dict:
     """Prepare the data that `cfg` describes and return its metadata (docs/data.md lists the fields).
 
-    If that output exists already it is left alone, and the metadata has "unchanged": True.
+    An output that exists already is left alone. Besides what metadata.json holds there are "directory", the
+    output's, and "unchanged", whether it was left alone.
     Raises UserError for anything the user can mend; the output then does not exist, and a rerun continues.
     """
     started = time.monotonic()
@@ -59,9 +60,10 @@ def run(cfg: Prep) -> dict:
         if cfg.force:
             shutil.rmtree(todo.directory / "spool", ignore_errors=True)
         elif found := finished(todo):
-            return {**found, "unchanged": True}
+            return {**found, "directory": str(todo.directory), "unchanged": True}
         run_units(todo, cfg.workers or len(os.sched_getaffinity(0)))
-        return merge(cfg, todo, started)
+        metadata = merge(cfg, todo, started)
+        return {**metadata, "directory": str(todo.directory), "unchanged": False}
 
 
 @contextmanager
@@ -212,7 +214,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None) -> dict:
 
     Writing metadata.json is the commit; the spool is removed after it. Raises UserError.
     """
-    from nemotron_sft import packed
+    from nemotron_sft import packed, report
 
     started = time.monotonic() if started is None else started
     directory = todo.directory
@@ -257,7 +259,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None) -> dict:
         "wall_seconds": round(seconds, 3),
         "tokens_per_second": round(sum(part["tokens"] for part in splits.values()) / seconds),
     }  # fmt: skip
-    # report.write_report(directory, metadata)
+    report.write_report(directory, metadata)
     packed.write_metadata(directory, metadata)
     shutil.rmtree(directory / "spool")
     return metadata

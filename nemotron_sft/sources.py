@@ -137,7 +137,8 @@ def _remote(dataset: Dataset) -> list[File]:
     try:
         fs, path = fsspec.core.url_to_fs(dataset.path)
         if _is_glob(path):
-            infos = [info for info in fs.glob(path, detail=True).values() if info["type"] == "file"]
+            found = fs.glob(path, detail=True).values()
+            infos = [info for info in found if info["type"] == "file" and _is_data(info["name"])]
         elif fs.isfile(path):
             infos = [fs.info(path)]
         else:
@@ -168,6 +169,7 @@ def _remote(dataset: Dataset) -> list[File]:
 def _hub(dataset: Dataset, download: bool) -> list[File]:
     """Files of a Hugging Face data set at one commit. Interrupted downloads are resumed by
     huggingface_hub."""
+    import httpx
     import huggingface_hub as hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -194,7 +196,7 @@ def _hub(dataset: Dataset, download: bool) -> list[File]:
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{where}: no revision {dataset.revision} on {_endpoint()}") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: cannot be fetched from {_endpoint()}: {reason}; rerun to resume") from None
     stamp = f"hf://datasets/{repo}@{info.sha}"

@@ -218,11 +218,7 @@ class _Work:
                 self.drop(error.reason, origin, self.explained(error, record))
                 continue
             text = "".join([text for spans in sequences for _, text in spans])
-            try:
-                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON inside the JSON
-                self.drop("bad text", origin, f"bad text: {error}")
-                continue
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             stats["records_kept"] += 1
             conversation = int.from_bytes(digest, "little")
             for spans in sequences:

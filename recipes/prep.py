@@ -1,4 +1,4 @@
-"""Turn chat data into packed training data: python recipes/prep.py [group=option] [key=value ...] (--help)."""
+"""Turn chat data into packed training data: python recipes/prep.py [group=option] [key=value ...] (--help)"""
 
 from omegaconf import DictConfig
 
@@ -8,9 +8,18 @@ from nemotron_sft.config import Prep, check
 
 def main(cfg: DictConfig) -> None:
     config = check(cfg, Prep)
-    from nemotron_sft import prep
+    from nemotron_sft import prep, report  # the first heavy import
 
-    print(prep.run(config)["splits"])
+    if config.inspect:
+        report.inspect(config.inspect, config.pack)
+        return
+    metadata = prep.run(config)
+    report.print_report(metadata)
+    directory = metadata["directory"]
+    if metadata["unchanged"]:
+        print(f"Nothing changed: {directory} is up to date (force=true prepares it again)")
+    else:
+        print(f"Wrote {directory}; {directory}/report.html shows the mix and some packs")
 
 
 if __name__ == "__main__":
