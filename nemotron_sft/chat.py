@@ -20,9 +20,10 @@ import hashlib
 import json
 import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from nemotron_sft.errors import UserError
 
 Span = tuple[str, str]  # (role, text)
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+ROLES = ("user", "assistant", "system", "tool", "developer")
 MASKS = ("assistant", "last_turn", "all")
 HISTORIES = ("truncate", "keep")
 
@@ -137,6 +138,7 @@ class Template:
     history: "truncate" drops the reasoning of earlier turns, "keep" leaves it (where the template can).
     train_generation_prompt: also train the tokens that open an answer.
     thinking: whether `generation_prompt` asks for reasoning.
+    special_tokens: {"bos_token": "<s>", ...}, what a Jinja file may print of the tokenizer's own tokens.
     """
 
     name: str
@@ -202,10 +204,10 @@ def _last_user(messages: list[dict]) -> int:
 
 
 def _turns(messages: list[dict]) -> list[tuple[int, int]]:
-    """(start, end) of every user turn that has an answer: its user message, and the next one's or the end."""
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
-    spans = zip(users, [*users[1:], len(messages)], strict=True)
-    return [(a, b) for a, b in spans if any(message["role"] == "assistant" for message in messages[a:b])]
+    """(start, end) of every turn with an answer: from a user message to the next, and before the first."""
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user" or i == 0]
+    turns = pairwise([*starts, len(messages)])
+    return [(a, b) for a, b in turns if any(message["role"] == "assistant" for message in messages[a:b])]
 
 
 # --- Nemotron 3 Nano ---------------------------------------------------------------------------------------
@@ -270,7 +272,7 @@ class Nano3(Template):
             if rest[start]["role"] == "user":
                 spans = [("system", system), ("user", past + _block(rest, start))]
                 self._append(spans, rest, start + 1, end, start, start)
-            else:  # no user message at all
+            else:  # answers before the first user message
                 spans = [("system", system)]
                 self._append(spans, rest, start, end, start, start)
             found.append(spans)
@@ -455,7 +457,9 @@ class JinjaTemplate(Template):
             message = error.message.replace("endwith", "endgeneration")
             raise UserError(f"{self.name}:{error.lineno}: not a valid Jinja template: {message}") from None
         if self.special_tokens is None and (needed := sorted(unknown & {"bos_token", "eos_token"})):
-            raise UserError(f"{self.name}: the template prints {' and '.join(needed)}: give special_tokens")
+            raise UserError(
+                f"{self.name}: the template prints {' and '.join(needed)}: set template.special_tokens"
+            )
         return compiled
 
     def _marked_text(
@@ -562,19 +566,24 @@ def _strftime_now(pattern: str) -> str:
 def load_template(name: str = "nano3", **options: Any) -> Template:
     """A built-in template ("nano3") or the path of a Jinja file; `options` are the fields of Template.
 
-    `special_tokens` (such as {"bos_token": "<s>"}) is what the template may print of the tokenizer's own.
     Raises UserError for a name or option that does not exist and for a file that is not valid Jinja.
     """
+    known = {field.name for field in fields(Template)} - {"name", "source"}
+    for option in options.keys() - known:
+        from nemotron_sft.config import unknown_key
+
+        raise unknown_key(f"template.{option}", sorted(known | {"name"}))
     for option, choices in (("mask", MASKS), ("history", HISTORIES)):
         if options.get(option, choices[0]) not in choices:
             raise UserError(f"template.{option}={options[option]}: choose from {', '.join(choices)}")
     if name == "nano3":
         source = resources.files("nemotron_sft").joinpath("templates/nano3.jinja").read_text()
         return Nano3(name, source, **options)
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"no template {name}: give nano3 or the path of a Jinja file")
-    template = JinjaTemplate(str(name), path.read_text(encoding="utf-8"), **options)
+    try:
+        source = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"template.name={name}: neither nano3 nor a readable Jinja file") from None
+    template = JinjaTemplate(str(name), source, **options)
     if template._marked and template.train_generation_prompt:
         raise UserError(
             f"{name}: its generation tags decide what is trained: enclose the opening of an answer in them "

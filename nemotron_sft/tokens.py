@@ -54,10 +54,20 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets): int32 (tokens,) of all texts in a row, and int64 (texts + 1,); text i is
-        ids[offsets[i]:offsets[i + 1]]. `ids` may be read-only."""
-        if self.backend == "fastokens":
-            return _encode_flat(self._fast, texts)
-        return _encode_reference(self._reference, texts)
+        ids[offsets[i]:offsets[i + 1]]. `ids` may be read-only. Lone surrogates (from broken JSON escapes) are
+        encoded as U+FFFD."""
+        encode, encoder = (
+            (_encode_flat, self._fast)
+            if self.backend == "fastokens"
+            else (_encode_reference, self._reference)
+        )
+        try:
+            return encode(encoder, texts)
+        except (UnicodeEncodeError, TypeError):  # fastokens raises the one, tokenizers the other
+            return encode(
+                encoder,
+                [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts],
+            )
 
     def decode(self, ids) -> str:
         """The text of token ids, special tokens included."""
@@ -267,11 +277,13 @@ def probes(added: list[str]) -> list[str]:
         "snake_case camelCase kebab-case HTTPServer2", "x²+y²=z² ∑∫√ ≠≤ αβγ → ⇒",
         "0 12 123 1234 12345678901234567890 3.14159e-10 1,000,000 0x1F ٣٤٥ ५६७ ½ ² Ⅷ",
         "def f(x: int) -> dict[str, int]:\n    return {'a': x ** 2}  # fin\n\n\tif x && y:\n\t\tgoto end;\n",
-        '{"k": [1, 2.5, null, true, "\\u00e9\\n"], "nested": {"": []}}', "<b>html</b> &amp; <!-- x --> </think",
+        '{"k": [1, 2.5, null, true, "\\u00e9\\n"], "nested": {"": []}}',
+        "<b>html</b> &amp; <!-- x --> </think",
         "数据处理和机器学习。日本語のテキスト、한국어 문장입니다", "ภาษาไทย עברית العربية हिन्दी தமிழ்",
         "naïve résumé Straße ĳ ﬁ Å \u212b", "e\u0301 n\u0303 \u0300x a\u0308\u0323",
         "🚀👩\u200d👩\u200d👧🏳\ufe0f\u200d🌈👍🏽🇩🇪 e🎉f", "\u200b\u200d\ufeff\u2028\u2029\x00\x07\x1b\x7f",
-        "\U0001d4d0\U0001f9ff\ufffd\ue000", "a" * 300, "ab " * 200, " " * 120 + "x", "\n" * 50, "!" * 70 + "=" * 70,
+        "\U0001d4d0\U0001f9ff\ufffd\ue000", "a" * 300, "ab " * 200, " " * 120 + "x", "\n" * 50,
+        "!" * 70 + "=" * 70,
         "https://example.org/a?b=c&d=%20#frag user@example.org C:\\dir\\file.txt ~/x/../y",
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think></think>ok<|im_end|>\n",
         "<|im_start", "|im_end|>", "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n",
