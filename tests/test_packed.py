@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -265,3 +266,14 @@ def test_stock_bridge_collates_our_parquet_into_what_the_packs_say(tmp_path):
         theirs = batch.cu_seqlens_q[row]
         assert theirs[: len(boundaries)] == boundaries
         assert set(theirs[len(boundaries) :]) <= {pack_size}
+
+
+def test_the_example_in_the_documentation_runs(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    records = records_of()
+    write(tmp_path / "training.npy", records)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lengths = [int(line.split()[0]) for line in result.stdout.splitlines() if "trained" in line]
+    assert lengths == np.diff(records["cu_seqlens"][0]).tolist()
