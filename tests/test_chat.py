@@ -399,12 +399,11 @@ def test_a_template_that_forgets_gives_one_sequence_per_turn(write, convert):
     ]
 
 
-def test_nano3_file_without_markers():
+def test_nano3_file_without_markers(tmp_path):
     """Prefix comparison finds the same spans in every conversation where the reference finds any."""
     source = unmarked(NANO3_FILE.read_text())
     assert "generation %}" not in source
-    path = HERE.parent / ".pytest_cache" / "nano3_unmarked.jinja"
-    path.parent.mkdir(exist_ok=True)
+    path = tmp_path / "unmarked.jinja"
     path.write_text(source)
     template, reference = load_template(str(path)), load_template("nano3")
     refused = 0
