@@ -96,7 +96,7 @@ class Bridge:
 class Blend:
     """Which chat data, in what proportion (conf/blend)."""
 
-    name: str = MISSING
+    name: str | None = MISSING
     path: str | None = MISSING  # a blend file (JSON or YAML) to read `datasets` from
     datasets: list[Any] = MISSING  # entries: name, path, and optionally split, subset, revision, weight, filter
 

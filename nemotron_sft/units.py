@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_sft import sources
-from nemotron_sft.blend import Dataset, load_blend
+from nemotron_sft.blend import ROOT, Dataset, load_blend
 from nemotron_sft.chat import ChatError, Template, load_template
 from nemotron_sft.config import Prep
 from nemotron_sft.errors import UserError
@@ -78,7 +78,10 @@ def plan(cfg: Prep) -> Plan:
     """Find the inputs, download what is remote, and cut them into units. Raises UserError."""
     validate(cfg)
     name, datasets = load_blend(cfg.blend)
-    tokenizer = load_tokenizer(**asdict(cfg.tokenizer))
+    model = cfg.tokenizer.model
+    if not Path(model).exists() and (ROOT / model).exists():  # shipped here, and called from elsewhere
+        model = str(ROOT / model)
+    tokenizer = load_tokenizer(model)
     template = load_template(**template_options(cfg, tokenizer))
     found = [sources.find(dataset, download=cfg.sample is None) for dataset in datasets]
     unit_bytes = max(UNIT_BYTES, sum(file.bytes for files in found for file in files) // MAX_UNITS)
@@ -213,7 +216,8 @@ class _Work:
                 continue
             try:
                 messages = _parsed(record.get(todo.messages_field), "messages")
-                sequences = todo.template.sequences(messages, _parsed(record.get(todo.tools_field), "tools"))
+                tools = _parsed(record.get(todo.tools_field), "tools")
+                sequences = todo.template.training_sequences(messages, tools)
             except ChatError as error:
                 self.drop(error.reason, origin, self.explained(error, record))
                 continue
