@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from nemotron_sft.errors import UserError
 
+STARTED = time.time()  # of the process, near enough: this is the first module an entry point imports
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -25,10 +28,16 @@ def run(task: Callable, config_name: str) -> None:
     # Let exceptions reach us instead of Hydra's own reporter, which exits with 1 and hides the key's neighbours.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = [open_key(argument) for argument in sys.argv[1:]]
+
+    @functools.wraps(task)
+    def guarded(cfg):
+        try:
+            task(cfg)
+        except UserError as error:  # caught here, because Hydra would add a line of its own
+            fail(str(error))
+
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
-    except UserError as error:
-        fail(str(error))
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name))
     except KeyboardInterrupt:
@@ -45,8 +54,10 @@ def fail(message: str) -> None:
 def open_key(argument: str) -> str:
     """`a.b=1` becomes `++a.b=1`, so that Hydra lets every dotted key pass and config.check judges them all.
 
-    Hydra itself knows only the keys spelled out in conf/; Megatron-Bridge has hundreds more.
+    Hydra itself knows only the keys spelled out in conf/; Megatron-Bridge has hundreds more. `data=PATH` is
+    short for `data.path=PATH`.
     """
+    argument = re.sub(r"^data=", "data.path=", argument)
     return f"++{argument}" if re.match(r"(?!hydra\.)[a-z_]\w*(\.\w+)+=", argument) else argument
 
 
@@ -60,7 +71,9 @@ def explain(error: Exception, config_name: str) -> str:
         key = match[1]
         top = re.findall(r"^(\w+):", (CONF / f"{config_name}.yaml").read_text(), flags=re.MULTILINE)
         best = nearest(key, [*top, *groups])
-        return f"unknown key {key}" + (f": did you mean {best}?" if best else f": known keys: {', '.join(top)}")
+        return f"unknown key {key}" + (
+            f": did you mean {best}?" if best else f": known keys: {', '.join(top)}"
+        )
     if match := re.search(r"Could not find '([\w.-]+)/([\w./-]+)'", text):
         group, option = match[1], match[2]
         options = sorted(p.stem for p in (CONF / group).glob("*.yaml")) if (CONF / group).is_dir() else []

@@ -98,7 +98,9 @@ class Blend:
 
     name: str | None = MISSING
     path: str | None = MISSING  # a blend file (JSON or YAML) to read `datasets` from
-    datasets: list[Any] = MISSING  # entries: name, path, and optionally split, subset, revision, weight, filter
+    datasets: list[Any] = (
+        MISSING  # entries: name, path, and as needed split, subset, revision, weight, filter
+    )
 
 
 @dataclass

@@ -36,12 +36,14 @@ def use_cpu() -> None:
         if importlib.util.find_spec(name) is None:
             placeholder(name)
     _skip_helper_build()
+    _accept_packed_attention()
+    _vectorise_packed_rope()
 
 
 def _skip_helper_build() -> None:
     """Bridge runs `make` for core's dataset index helpers, but core's wheel ships them built, without a Makefile."""
-    import megatron.core.datasets.utils as core_utils
     import megatron.bridge.training.initialize as initialize
+    import megatron.core.datasets.utils as core_utils
 
     core_utils.compile_helpers = lambda: None
     if hasattr(initialize, "compile_helpers"):
@@ -143,8 +145,8 @@ def _redirect_cuda() -> None:
         "synchronize": lambda device=None: None,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
-        "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": torch.default_generator.manual_seed,
         "initial_seed": torch.initial_seed,
         "default_generators": (torch.default_generator,),
         "Stream": Stream,
@@ -177,3 +179,95 @@ def _redirect_cuda() -> None:
     torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None
     _active = CudaToCpu()
     _active.__enter__()
+
+
+# --- what a config needs on the CPU ------------------------------------------------------------------------
+
+
+def adapt(container) -> None:
+    """Turn off in a ConfigContainer what needs a GPU: NCCL, mixed precision, fused kernels, distributed optimizer."""
+    import torch
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+
+    model = container.model
+    container.dist.distributed_backend = "gloo"
+    container.dist.disable_jit_fuser = True
+    container.mixed_precision = container.comm_overlap = None
+    container.optimizer.use_distributed_optimizer = container.ddp.use_distributed_optimizer = False
+    container.optimizer.bf16 = container.optimizer.fp16 = model.bf16 = model.fp16 = False
+    model.params_dtype = container.optimizer.params_dtype = torch.float32
+    for fusion in vars(model):
+        if fusion.endswith("_fusion"):
+            setattr(model, fusion, False)
+    model.transformer_layer_spec = local_layer_spec
+    container.checkpoint.async_save = False
+    container.checkpoint.use_persistent_ckpt_worker = False
+
+
+# --- packed attention ------------------------------------------------------------------------------------
+
+
+def attend(query, key, value, cu_seqlens, scale: float):
+    """Causal attention inside each document of a packed row, never across documents.
+
+    query: (t, heads, d); key, value: (t, groups, d) with heads a multiple of groups; cu_seqlens: (n + 1,) int,
+    from 0 to t. Returns (t, heads, d). Documents of similar length (the same power of two) are padded to one
+    batch, so the cost follows the sum of squared lengths, not t squared.
+    """
+    import torch
+
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    bucket = torch.ceil(torch.log2(lengths.clamp(min=1).double()))
+    out = torch.empty_like(query)
+    for size in torch.unique(bucket[lengths > 0]):
+        members = (bucket == size) & (lengths > 0)
+        longest = int(lengths[members].max())
+        offsets = torch.arange(longest)
+        rows = starts[members, None] + offsets  # (documents, longest): where each padded position comes from
+        real = offsets < lengths[members, None]
+        rows = torch.where(real, rows, starts[members, None])
+        q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))  # (documents, heads, longest, d)
+        # Padding follows the document, so a causal mask alone keeps real tokens from seeing it.
+        context = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out[rows[real]] = context.transpose(1, 2)[real]
+    return out
+
+
+def _accept_packed_attention() -> None:
+    """Let core's local attention, which refuses packed sequences, hand them to `attend`."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    dense = DotProductAttention.forward
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
+        if packed_seq_params is None:
+            return dense(self, query, key, value, attention_mask, **kwargs)
+        return attend(query, key, value, packed_seq_params.cu_seqlens_q, self.softmax_scale)
+
+    DotProductAttention.forward = forward
+
+
+def _vectorise_packed_rope() -> None:
+    """Rotate all documents of a packed row at once; core's unfused version loops over them in Python."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def rotate(
+        t,
+        cu_seqlens,
+        freqs,
+        rotary_interleaved=False,
+        mla_rotary_interleaved=False,
+        mscale=1.0,
+        cp_group=None,
+    ):
+        import torch
+
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        positions = torch.arange(t.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+        return rope_utils._apply_rotary_pos_emb_bshd(
+            t.unsqueeze(1), freqs[positions], rotary_interleaved, mla_rotary_interleaved, mscale
+        ).squeeze(1)
+
+    rope_utils._apply_rotary_pos_emb_thd = rotate

@@ -36,7 +36,11 @@ class _Unexecuted(ModuleType):
         if "_origins" not in self.__dict__:
             tree = ast.parse(Path(self.__file__).read_text())
             imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-            self._origins = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
+            self._origins = {
+                alias.asname or alias.name: (node.module, alias.name)
+                for node in imports
+                for alias in node.names
+            }
         if name in self._origins:
             module, original = self._origins[name]
             value = getattr(importlib.import_module(module), original)

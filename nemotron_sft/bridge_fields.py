@@ -1,0 +1,75 @@
+"""The field names of Megatron-Bridge's config dataclasses, read from its source without importing it.
+
+Importing Bridge takes seconds; composing a config must not.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+
+# Config section -> the Bridge dataclasses whose fields it accepts.
+SECTIONS = {
+    "model": (
+        ("megatron.bridge.models.gpt_provider", "GPTModelProvider"),
+        ("megatron.bridge.models.hybrid.hybrid_provider", "HybridModelProvider"),
+    ),
+    "train": (("megatron.bridge.training.config", "TrainingConfig"),),
+    "validation": (("megatron.training.config.training_config", "ValidationConfig"),),
+    "optimizer": (("megatron.bridge.training.config", "OptimizerConfig"),),
+    "scheduler": (("megatron.bridge.training.config", "SchedulerConfig"),),
+    "checkpoint": (("megatron.bridge.training.config", "CheckpointConfig"),),
+    "ddp": (("megatron.bridge.training.config", "DistributedDataParallelConfig"),),
+    "logger": (("megatron.bridge.training.config", "LoggerConfig"),),
+    "dist": (("megatron.bridge.training.config", "DistributedInitConfig"),),
+}
+
+
+@functools.cache
+def bridge_fields(section: str) -> frozenset[str]:
+    """Names of the public fields of the Bridge dataclasses behind a config section, base classes included."""
+    return frozenset(
+        name
+        for module, cls in SECTIONS[section]
+        for name in _class_fields(module, cls)
+        if not name.startswith("_")
+    )
+
+
+@functools.cache
+def _class_fields(module: str, cls: str) -> frozenset[str]:
+    tree = _parse(module)
+    if tree is None:
+        return frozenset()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == cls:
+            own = {
+                n.target.id
+                for n in node.body
+                if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+            }
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            return frozenset(own.union(*(_class_fields(module, base) for base in bases)))
+    for node in ast.walk(tree):  # not defined here: follow the import
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # The only relative imports on the way are those of a package's __init__.
+            source = f"{module}.{node.module}" if node.level else node.module
+            for alias in node.names:
+                if (alias.asname or alias.name) == cls:
+                    return _class_fields(source, alias.name)
+    return frozenset()
+
+
+@functools.cache
+def _parse(module: str) -> ast.Module | None:
+    """The syntax tree of a module below the `megatron` namespace package, or None if it is not there."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top) if top == "megatron" else None
+    for root in spec.submodule_search_locations if spec else ():
+        path = Path(root, *rest)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return ast.parse(file.read_text())
+    return None

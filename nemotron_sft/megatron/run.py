@@ -1,0 +1,145 @@
+"""One training run: its directory and processes, Megatron-Bridge's own loop, and the report at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemotron_sft.app import STARTED
+from nemotron_sft.config import TrainConfig
+from nemotron_sft.errors import UserError
+from nemotron_sft.packed import open_packs, read_metadata
+
+SPLITS = ("training", "validation", "test")
+
+
+def train(config: TrainConfig, composed: DictConfig) -> None:
+    """Fine-tune as configured. Leaves a self-contained run directory:
+
+    <run_dir>/
+        config.yaml      the resolved config       command.txt   what was typed
+        metrics.jsonl    a line per logged step    loss.png      training and validation loss
+        heldout.json     answers before and after  checkpoints/  Megatron checkpoints
+        megatron.yaml    Bridge's full config      logs/         Megatron's own output, one file per rank
+
+    Raises UserError for what the user can mend.
+    """
+    data_dir = find_data(config)
+    metadata = check_data(data_dir)
+    import torch
+
+    from nemotron_sft.megatron.slim import slim_imports
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    on_cpu = not torch.cuda.is_available()
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+    run_dir = agree_on_run_dir(config, rank, world_size)
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
+        (run_dir / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n")
+        print(f"data {data_dir}  run directory {run_dir}", flush=True)
+
+    with log_to_file(run_dir / "logs" / f"rank{rank}.log") as terminal:
+        slim_imports()
+        if on_cpu:
+            from nemotron_sft.megatron.host import adapt, use_cpu
+
+            use_cpu()
+        from megatron.bridge.training.callbacks import CallbackManager
+        from megatron.bridge.training.finetune import finetune
+        from megatron.bridge.training.gpt_step import forward_step
+        from megatron.bridge.training.pretrain import pretrain
+
+        from nemotron_sft.megatron.config import build
+        from nemotron_sft.megatron.progress import Progress
+        from nemotron_sft.megatron.summary import Heldout, summarise
+
+        imported = time.time() - STARTED
+        container = build(config, metadata, data_dir, run_dir, world_size)
+        if on_cpu:
+            adapt(container)
+        callbacks = CallbackManager()
+        progress = Progress(metadata, run_dir, terminal, STARTED, rank)
+        heldout = Heldout(config, metadata, run_dir, rank)
+        for observer in (heldout, progress):  # in this order: answering before training is no part of step 1
+            observer.register(callbacks)
+        run = pretrain if config.init_from == "random" and not config.checkpoint.load else finetune
+        run(container, forward_step, callbacks=callbacks)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if rank == 0:
+            heldout.after(run_dir / "checkpoints", on_cpu)
+            summarise(progress, heldout, run_dir, imported, terminal)
+
+
+def find_data(config: TrainConfig) -> Path:
+    """The prep output to train on; "latest" is the one committed last under output_dir/data."""
+    if config.data.path != "latest":
+        return Path(config.data.path)
+    root = Path(config.output_dir, "data")
+    committed = sorted(root.glob("*/metadata.json"), key=lambda path: path.stat().st_mtime)
+    if not committed:
+        raise UserError(f"no prepared data under {root}: run python recipes/prep.py first, or give data=PATH")
+    return committed[-1].parent
+
+
+def check_data(data_dir: Path) -> dict:
+    """The metadata of a prep output whose files are all there and whole."""
+    metadata = read_metadata(data_dir)
+    if metadata["format_on_disk"] != "npy":
+        raise UserError(
+            f"{data_dir} is in {metadata['format_on_disk']} format for stock Bridge: prepare it with format=npy"
+        )
+    for split in SPLITS:
+        facts = metadata["splits"][split]
+        if facts["packs"] and len(open_packs(data_dir / facts["file"])) != facts["packs"]:
+            raise UserError(
+                f"{data_dir / facts['file']} does not hold the {facts['packs']} packs that metadata.json names"
+            )
+    return metadata
+
+
+def agree_on_run_dir(config: TrainConfig, rank: int, world_size: int) -> Path:
+    """The run directory, the same on every rank: rank 0 names it."""
+    name = config.run_dir
+    if name is None:
+        date = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = str(Path(config.output_dir, "train", f"{config.name}-{date}"))
+    if world_size > 1:
+        import torch
+
+        box = [name]
+        torch.distributed.broadcast_object_list(box, src=0)
+        name = box[0]
+    return Path(name)
+
+
+@contextlib.contextmanager
+def log_to_file(path: Path):
+    """Send everything this process and its children print to a file; yield the terminal that was stdout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        os.dup2(log, 1), os.dup2(log, 2)
+        yield terminal
+    except Exception as error:
+        if not isinstance(error, UserError):
+            terminal.write(f"failed; Megatron's log is {path}\n")
+        raise
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(saved[0], 1), os.dup2(saved[1], 2)
+        terminal.close()
+        for descriptor in (*saved, log):
+            os.close(descriptor)
