@@ -259,7 +259,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None) -> dict:
         "wall_seconds": round(seconds, 3),
         "tokens_per_second": round(sum(part["tokens"] for part in splits.values()) / seconds),
     }  # fmt: skip
-    report.write_report(directory, metadata)
+    report.write_report(directory, metadata, tokenizer)
     packed.write_metadata(directory, metadata)
     shutil.rmtree(directory / "spool")
     return metadata

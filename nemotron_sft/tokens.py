@@ -17,11 +17,12 @@ import json
 import os
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from nemotron_sft.errors import UserError
 
@@ -57,9 +58,7 @@ class Tokenizer:
         ids[offsets[i]:offsets[i + 1]]. `ids` may be read-only. Lone surrogates (from broken JSON escapes) are
         encoded as U+FFFD."""
         encode, encoder = (
-            (_encode_flat, self._fast)
-            if self.backend == "fastokens"
-            else (_encode_reference, self._reference)
+            (_encode_flat, self._fast) if self.backend == "fastokens" else (_encode_reference, self._reference)
         )
         try:
             return encode(encoder, texts)
@@ -72,6 +71,12 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """The text of token ids, special tokens included."""
         return self._reference.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    def on(self, backend: str) -> Tokenizer:
+        """The same tokenizer with another encoder, sharing the encoders that are open."""
+        other = replace(self, backend=backend)
+        other.__dict__.update({name: self.__dict__[name] for name in ("_fast", "_reference") if name in self.__dict__})
+        return other
 
     @cached_property
     def _fast(self):
@@ -87,9 +92,7 @@ class Tokenizer:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
 
-def load_tokenizer(
-    model: str, *, revision: str | None = None, backend: str = "auto", threads: int = 1
-) -> Tokenizer:
+def load_tokenizer(model: str, *, revision: str | None = None, backend: str = "auto", threads: int = 1) -> Tokenizer:
     """The tokenizer of a directory, a tokenizer.json, or a Hugging Face hub id (no other file is fetched).
 
     `backend="fastokens"` insists on it, "auto" falls back. `threads` bounds the threads of both encoders in
@@ -100,7 +103,7 @@ def load_tokenizer(
     _limit_threads(threads)
     file, commit = _find(str(model), revision)
     try:
-        content = json.loads(file.read_bytes())
+        content = orjson.loads(file.read_bytes())
         reference = _open_reference(file)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{file}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
@@ -117,12 +120,13 @@ def load_tokenizer(
     pad = vocabulary[named.get("pad_token", named["eos_token"])]
     if _decode(reference, ["x", "y"]) != "xy":
         raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
+    opened = {"_reference": reference}
     if backend != "tokenizers":
-        difference = _difference(file, reference)
+        opened["_fast"], difference = _checked_fastokens(file, reference)
         if difference and backend == "fastokens":
             raise UserError(f"{file}: fastokens cannot encode it: {difference}; use tokenizer.backend=auto")
         backend = "tokenizers" if difference else "fastokens"
-    return Tokenizer(
+    tokenizer = Tokenizer(
         name=str(model),
         file=file,
         revision=commit,
@@ -134,11 +138,11 @@ def load_tokenizer(
         special_tokens=named,
         digest=_digest(content, eos, pad),
     )
+    tokenizer.__dict__.update(opened)  # where the cached properties look: opening takes seconds
+    return tokenizer
 
 
-def tokenize(
-    tokenizer: Tokenizer, sequences: list[list[tuple[str, str]]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tokenize(tokenizer: Tokenizer, sequences: list[list[tuple[str, str]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Encode sequences of (role, text) spans in one batch.
 
     Returns ids int32 (tokens,), mask uint8 (tokens,), 1 on the tokens of spans of role "assistant", and
@@ -203,8 +207,8 @@ def _content(token: object) -> object:
 
 def _digest(content: dict, eos: int, pad: int) -> str:
     kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-    text = json.dumps([kept, eos, pad], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = orjson.dumps([kept, eos, pad], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(text).hexdigest()
 
 
 # --- the two encoders --------------------------------------------------------------------------------------
@@ -251,14 +255,19 @@ def _decode(reference, texts: list[str]) -> str:
     return reference.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def _difference(file: Path, reference) -> str | None:
-    """Why fastokens cannot stand in for `reference`, or None."""
+def _checked_fastokens(file: Path, reference) -> tuple:
+    """fastokens' encoder, and why it cannot stand in for `reference`, or None."""
     try:
         fast = _open_fastokens(file)
-        texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
-        got_ids, got_offsets = _encode_flat(fast, texts)
+        return fast, _difference(fast, reference)
     except Exception as error:  # unsupported models raise ValueError, others whatever Rust reports
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return None, " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _difference(fast, reference) -> str | None:
+    """The first text on which the two encoders differ, or None."""
+    texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
+    got_ids, got_offsets = _encode_flat(fast, texts)
     ids, offsets = _encode_reference(reference, texts)
     if np.array_equal(got_ids, ids) and np.array_equal(got_offsets, offsets):
         return None

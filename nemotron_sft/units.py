@@ -159,9 +159,7 @@ def _grouped(pieces: list[Piece], unit_bytes: int) -> Iterator[list[Piece]]:
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.blake2b(
-        json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16
-    ).hexdigest()
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 # --- running a unit ----------------------------------------------------------------------------------------
@@ -270,13 +268,9 @@ class _Work:
         name = self.todo.messages_field
         if name in record:
             return str(error)
-        return (
-            f"no messages: the record has no {name} (messages_field), only {', '.join(record) or 'nothing'}"
-        )
+        return f"no messages: the record has no {name} (messages_field), only {', '.join(record) or 'nothing'}"
 
-    def write(
-        self, batch: _Batch, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, spool: SpoolWriter
-    ) -> None:
+    def write(self, batch: _Batch, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, spool: SpoolWriter) -> None:
         """Cut what is over-long, drop what has nothing to train on, and append the rest to the spool.
 
         ids, mask: (tokens,); offsets: (sequences + 1,), as `tokenize` returns them.
@@ -325,19 +319,20 @@ def _parsed(value: Any, what: str) -> Any:
     return value
 
 
-def trusted(todo: Plan, texts: int = 2000) -> Plan:
+def trusted(todo: Plan, characters: int = 100_000) -> Plan:
     """The plan, with the reference encoder if the fast one errs on the run's own spans.
 
     load_tokenizer has compared the two on texts made for it; this adds the first spans of every data set.
     """
     if todo.tokenizer.backend == "tokenizers":
         return todo
-    reference = replace(todo.tokenizer, backend="tokenizers")
+    reference = todo.tokenizer.on("tokenizers")
     for number in range(len(todo.datasets)):
         unit = next((unit for unit in todo.units if unit.dataset == number), None)
         few = replace(todo, sample=200, drops_allowed=True)
         batch = next(_Work(few, unit).batches(), None) if unit else None
-        spans = [text for spans in batch.sequences for _, text in spans][:texts] if batch else []
+        spans = [text for spans in batch.sequences for _, text in spans] if batch else []
+        spans = spans[: np.searchsorted(np.cumsum([len(text) for text in spans]), characters) + 1]
         same = map(np.array_equal, todo.tokenizer.encode_batch(spans), reference.encode_batch(spans))
         if not all(same):
             return replace(todo, tokenizer=reference)

@@ -1,0 +1,307 @@
+"""Prep speed against the ways people prepare chat data today, on real text, per core.
+
+    python bench/prep.py [repeats=3] [megabytes=24] [work=output/bench] [out=bench/prep.json]
+
+Two corpora: short multi-turn chats (the chitchat-dataset package, `pip install chitchat-dataset`) and long answers
+(Python sources and docstrings of the packages installed here). The tokenizer has 131,072 entries: the tekken
+vocabulary that mistral-common ships, as a tokenizer.json.
+
+The runners, each in a process of its own with one thread, taking turns so that a noisy machine disturbs all alike:
+
+    prep       recipes/prep.py's whole work, workers=1: JSONL -> template -> tokens -> split -> packs -> .npy, report,
+               commit; loading the tokenizer included
+    prefixes   the straightforward exact path, as Nemotron's own recipe does it: render the conversation up to every
+               message with apply_chat_template, encode what that added; no packing, no writing, loading not counted
+    template   datasets.map over transformers' apply_chat_template(tokenize=True): no loss mask, no packing
+    encode     tokenizers' encode_batch_fast on text that is rendered already: what tokenization alone costs
+
+Rates are tokens per second of CPU time, which other programs on the machine disturb least; the slow runners get the
+beginning of the corpus. Two workers against one is measured by the clock and needs two idle cores.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = {"prep": 1.0, "prefixes": 0.02, "template": 0.1, "encode": 0.1}  # of the corpus that a runner gets
+PREFIXES_SHORT = 0.005
+TARGETS = {
+    "short": {"prefixes": 60, "template": 8, "encode": 2},
+    "long": {"prefixes": 10, "template": 8, "encode": 4},
+}
+
+
+# --- corpora and tokenizer ---------------------------------------------------------------------------------
+
+
+def short_chats() -> Iterator[dict]:
+    """Conversations of two people, one of them as the assistant."""
+    from chitchat_dataset import Dataset
+
+    for conversation in Dataset().values():
+        turns = [" ".join(message["text"] for message in turn) for turn in conversation["messages"]]
+        turns = turns[: len(turns) // 2 * 2]
+        if turns:
+            roles = ("user", "assistant") * (len(turns) // 2)
+            yield {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]}
+
+
+def long_answers() -> Iterator[dict]:
+    """Questions about installed modules, answered with their source text, at most 12,000 characters of it."""
+    import sysconfig
+
+    for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")[:12_000]
+        if len(text) >= 2000:
+            question = f"What is in the module {path.stem}, and how is it written?"
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            yield {"messages": messages}
+
+
+def write_corpus(path: Path, rows, size: int) -> None:
+    """About `size` bytes of JSONL; a corpus that is smaller is gone through again."""
+    rows = list(rows)
+    temporary, written, turn = path.with_suffix(".tmp"), 0, 0
+    with open(temporary, "wb") as file:
+        while written < size:
+            for row in rows:
+                if written >= size:
+                    break
+                if turn:  # so that no conversation is there twice
+                    first = row["messages"][0]
+                    head = {**first, "content": f"{first['content']} ({turn})"}
+                    row = {"messages": [head, *row["messages"][1:]]}
+                written += file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            turn += 1
+    temporary.rename(path)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """mistral-common's tekken vocabulary as a Hugging Face tokenizer: 1,000 special tokens, 130,072 others.
+
+    Tekken lists byte strings by rank. Any two entries that join to a third are a merge, of that entry's rank.
+    """
+    import mistral_common
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    source = Path(mistral_common.__file__).parent / "data/tekken_240911.json"
+    tekken = json.loads(source.read_text())
+    tokens = [base64.b64decode(entry["token_bytes"]) for entry in tekken["vocab"][:130_072]]
+    # Byte-level BPE spells bytes as printable characters: themselves, or from U+0100 on for those that are not.
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in plain]
+    letters = {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+    spell = {token: "".join(letters[b] for b in token) for token in tokens}
+    merges = [
+        (spell[token[:i]], spell[token[i:]])
+        for token in tokens
+        for i in range(1, len(token))
+        if token[:i] in spell and token[i:] in spell
+    ]
+    named = ["<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, 10)), "<|im_start|>", "<|im_end|>", "<think>",
+             "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # fmt: skip
+    special = [*named, *(f"<SPECIAL_{i}>" for i in range(len(named), 1000))]
+    vocabulary = {name: i for i, name in enumerate(special)}
+    vocabulary |= {spell[token]: 1000 + rank for rank, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    pattern = pre_tokenizers.Split(Regex(tekken["config"]["pattern"]), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<unk>"}')
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+# --- runners -----------------------------------------------------------------------------------------------
+
+
+def prep_config(work: Path, corpus: str, workers: int):
+    """What `recipes/prep.py blend=file ...` would compose, without Hydra's time."""
+    from nemotron_sft import config
+
+    return config.Prep(
+        blend=config.Blend(name=corpus, path=None, datasets=[{"name": corpus, "path": str(work / f"{corpus}.jsonl")}]),
+        tokenizer=config.Tokenizer(model=str(work / "tokenizer")),
+        template=config.Template("nano3", "assistant", "truncate", False, True, None),
+        pack_size=4096, over_long="truncate", split=config.Split(0.98, 0.01, 0.01),
+        messages_field="messages", tools_field="tools", max_drop_ratio=0.0, sample=None, seed=1234, format="npy",
+        output_dir=str(work / f"packs-{corpus}-{workers}"), workers=workers, force=True, inspect=None, pack=0,
+    )  # fmt: skip
+
+
+def run_prep(work: Path, corpus: str, workers: int = 1) -> tuple[int, float, float]:
+    from nemotron_sft import prep
+
+    cfg = prep_config(work, corpus, workers)
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    metadata = prep.run(cfg)
+    tokens = sum(part["tokens"] for part in metadata["splits"].values())
+    return tokens, cpu_seconds() - cpu, time.perf_counter() - wall
+
+
+def run_prefixes(work: Path, corpus: str, share: float) -> tuple[int, float, float]:
+    tokenizer, lines = transformers_tokenizer(work), beginning(work, corpus, share)
+    tokens, wall, cpu = 0, time.perf_counter(), cpu_seconds()
+    for line in lines:
+        messages = json.loads(line)["messages"]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+        ids, mask, done = [], [], 0
+        for i, message in enumerate(messages):
+            trained = message["role"] == "assistant"
+            until = tokenizer.apply_chat_template(
+                messages[: i + 1], tokenize=False, add_generation_prompt=not trained, enable_thinking=False
+            )
+            assert whole.startswith(until), "the template rewrites what came before"
+            span = tokenizer.encode(whole[done : len(until)], add_special_tokens=False)
+            ids += span
+            mask += [int(trained)] * len(span)
+            done = len(until)
+        tokens += len(ids)
+    return tokens, cpu_seconds() - cpu, time.perf_counter() - wall
+
+
+def run_template(work: Path, corpus: str, share: float) -> tuple[int, float, float]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    tokenizer = transformers_tokenizer(work)
+    lines = beginning(work, corpus, share)
+    data = datasets.Dataset.from_list([json.loads(line) for line in lines])
+
+    def encode(row):
+        return {"input_ids": tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)}
+
+    encode({"messages": json.loads(lines[0])["messages"]})
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    done = data.map(encode, remove_columns=["messages"])
+    cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
+    return sum(map(len, done["input_ids"])), cpu, wall
+
+
+def run_encode(work: Path, corpus: str, share: float) -> tuple[int, float, float]:
+    from tokenizers import Tokenizer
+
+    from nemotron_sft.chat import load_template
+
+    tokenizer, template = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json")), load_template("nano3")
+    texts = [template.render(json.loads(line)["messages"]) for line in beginning(work, corpus, share)]
+    tokens, wall, cpu = 0, time.perf_counter(), cpu_seconds()
+    for first in range(0, len(texts), 1000):
+        for encoding in tokenizer.encode_batch_fast(texts[first : first + 1000], add_special_tokens=False):
+            tokens += len(encoding)
+    return tokens, cpu_seconds() - cpu, time.perf_counter() - wall
+
+
+def transformers_tokenizer(work: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer/tokenizer.json"))
+    tokenizer.chat_template = (ROOT / "nemotron_sft/templates/nano3.jinja").read_text()
+    return tokenizer
+
+
+def beginning(work: Path, corpus: str, share: float) -> list[bytes]:
+    lines = (work / f"{corpus}.jsonl").read_bytes().splitlines()
+    return lines[: max(1, int(len(lines) * share))]
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+# --- the comparison ----------------------------------------------------------------------------------------
+
+
+def measure(work: Path, runner: str, corpus: str, workers: int = 1) -> dict:
+    """One run in a fresh process with one thread per worker."""
+    command = [
+        sys.executable,
+        __file__,
+        f"work={work}",
+        f"runner={runner}",
+        f"corpus={corpus}",
+        f"workers={workers}",
+    ]
+    env = {**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{runner} on {corpus} failed:\n{done.stderr}")
+    tokens, cpu, wall = json.loads(done.stdout.splitlines()[-1])
+    return {"tokens": tokens, "cpu": cpu, "wall": wall, "rate": tokens / cpu}
+
+
+def child(work: Path, runner: str, corpus: str, workers: int) -> None:
+    sys.path.insert(0, str(ROOT))
+    if runner == "prep":
+        print(json.dumps(run_prep(work, corpus, workers)))
+    else:
+        share = PREFIXES_SHORT if (runner, corpus) == ("prefixes", "short") else PARTS[runner]
+        print(json.dumps(globals()[f"run_{runner}"](work, corpus, share)))
+
+
+def main(repeats: int = 3, megabytes: float = 24, work: str = "output/bench", out: str | None = None) -> None:
+    sys.path.insert(0, str(ROOT))
+    from nemotron_sft.console import table
+
+    folder = Path(work)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer/tokenizer.json").exists():
+        write_tokenizer(folder / "tokenizer")
+    for corpus, rows in (("short", short_chats), ("long", long_answers)):
+        path = folder / f"{corpus}.jsonl"
+        if not path.exists() or abs(path.stat().st_size / (megabytes * 1e6) - 1) > 0.1:
+            write_corpus(path, rows(), int(megabytes * 1e6))
+
+    runs: dict[str, list[dict]] = {}
+    for _ in range(repeats):
+        for corpus in TARGETS:
+            for runner in PARTS:
+                runs.setdefault(f"{corpus} {runner}", []).append(measure(folder, runner, corpus))
+            runs.setdefault(f"{corpus} prep2", []).append(measure(folder, "prep", corpus, workers=2))
+
+    rate = {name: statistics.median(run["rate"] for run in group) for name, group in runs.items()}
+    wall = {name: statistics.median(run["wall"] for run in group) for name, group in runs.items()}
+    ratios, rows = {}, []
+    for corpus, targets in TARGETS.items():
+        for runner, target in targets.items():
+            ratios[f"{corpus} {runner}"] = ratio = rate[f"{corpus} prep"] / rate[f"{corpus} {runner}"]
+            rows.append((corpus, runner, f"{rate[f'{corpus} {runner}']:,.0f}", f"{rate[f'{corpus} prep']:,.0f}",
+                         f"{ratio:.1f}x", f"{target}x"))  # fmt: skip
+        ratios[f"{corpus} workers"] = ratio = wall[f"{corpus} prep"] / wall[f"{corpus} prep2"]
+        rows.append((corpus, "1 worker (wall clock)", f"{wall[f'{corpus} prep']:.1f} s",
+                     f"{wall[f'{corpus} prep2']:.1f} s", f"{ratio:.2f}x", "1.8x"))  # fmt: skip
+    table(
+        f"Whole prep, tokens per CPU second, median of {repeats}",
+        ["corpus", "against", "theirs", "ours", "ratio", "target"],
+        rows,
+    )
+    report = {"ratios": {name: round(value, 2) for name, value in ratios.items()}, "runs": runs}
+    text = json.dumps(report, indent=2)
+    if out:
+        Path(out).write_text(text + "\n")
+    print(json.dumps(report["ratios"], indent=2))
+
+
+if __name__ == "__main__":
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    work = options.pop("work", "output/bench")
+    if "runner" in options:
+        child(Path(work), options["runner"], options["corpus"], int(options["workers"]))
+    else:
+        casts = {"repeats": int, "megabytes": float, "out": str}
+        main(work=work, **{key: casts[key](value) for key, value in options.items()})
