@@ -1,0 +1,47 @@
+"""What several test files share: paths, a way to run the commands, and prepared tiny data."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The smallest model that exercises every code path of training.
+SMALL = [
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=128",
+    "model.num_attention_heads=2",
+    "model.num_query_groups=1",
+    "heldout.path=null",
+    "train.global_batch_size=4",
+    "train.packs_per_microbatch=2",
+]
+
+
+def run(*command, timeout=300, **env):
+    """Run a command in the repository root; returns the CompletedProcess with both streams as text."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {key: str(value) for key, value in env.items()},
+    )
+
+
+def recipe(name, *overrides, **kwargs):
+    return run(sys.executable, f"recipes/{name}.py", *overrides, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """The tiny blend, prepared once by the command a user would type."""
+    out = tmp_path_factory.mktemp("data") / "tiny"
+    done = recipe("prep", "blend=tiny", "sample=600", f"output_dir={out}", "split={training: 0.9, validation: 0.05, test: 0.05}")
+    assert done.returncode == 0, done.stderr
+    return next(path.parent for path in out.parent.rglob("metadata.json"))

@@ -1,0 +1,100 @@
+"""The training command, end to end on the CPU."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SMALL, recipe, run
+
+pytestmark = pytest.mark.slow
+
+
+def losses(run_dir, key="loss"):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def train(data, run_dir, *overrides, **kwargs):
+    done = recipe("train", f"data={data}", f"run_dir={run_dir}", *SMALL, *overrides, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data, tmp_path_factory):
+    """A run of 40 steps in one go."""
+    run_dir = tmp_path_factory.mktemp("train") / "straight"
+    done = train(tiny_data, run_dir, "train.train_iters=40", "validation.eval_interval=20")
+    return run_dir, done.stdout
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    run_dir, shown = straight
+    for name in ("config.yaml", "command.txt", "metrics.jsonl", "loss.png", "megatron.yaml", "logs/rank0.log"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert (run_dir / "checkpoints" / "iter_0000040").is_dir()
+    assert sorted(losses(run_dir)) == list(range(1, 41))
+    assert losses(run_dir)[40] < losses(run_dir)[1] - 2
+    validation = losses(run_dir, "validation_loss")
+    assert set(validation) >= {20, 40} and validation[40] < validation[20]
+    assert "100%  step 40/40" in shown and "validation loss" in shown
+    assert not re.search(r"INFO:|WARNING|megatron\.core", shown)  # Megatron's noise is in the log
+
+
+def test_stop_and_resume_equals_a_straight_run(tiny_data, straight, tmp_path):
+    options = ["train.train_iters=40", "validation.eval_interval=20"]
+    train(tiny_data, tmp_path / "run", *options, "train.exit_interval=20")
+    assert max(losses(tmp_path / "run")) == 20
+    train(tiny_data, tmp_path / "run", *options)
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), abs=1e-5)
+
+
+def test_two_processes_agree_with_one(tiny_data, straight, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/train.py"]
+    done = run(*command, f"data={tiny_data}", f"output_dir={tmp_path}", *SMALL, "train.train_iters=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = list((tmp_path / "train").iterdir())
+    assert len(runs) == 1, "one run directory for all ranks"
+    assert (runs[0] / "logs" / "rank1.log").exists()
+    assert losses(runs[0])[1] == pytest.approx(losses(straight[0])[1], abs=1e-4)
+
+
+def test_killed_while_saving_the_run_resumes_from_the_last_whole_checkpoint(tiny_data, straight, tmp_path):
+    options = ["train.train_iters=40", "validation.eval_interval=20", "checkpoint.save_interval=5"]
+    process = subprocess.Popen(
+        [sys.executable, "recipes/train.py", f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    second = tmp_path / "run" / "checkpoints" / "iter_0000010"
+    deadline = time.time() + 240
+    while not second.exists():  # being written from this moment on
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    train(tiny_data, tmp_path / "run", *options)
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), abs=1e-5)
+
+
+def test_epochs_decide_the_number_of_steps(tiny_data, tmp_path):
+    packs = json.loads((tiny_data / "metadata.json").read_text())["splits"]["training"]["packs"]
+    train(tiny_data, tmp_path / "run", "train.epochs=0.5")
+    assert max(losses(tmp_path / "run")) == -(-packs // 2 // 4)
+
+
+def test_unwritable_run_directory_is_one_line(tiny_data):
+    done = recipe("train", f"data={tiny_data}", "run_dir=/proc/nowhere", *SMALL)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_batch_that_does_not_divide_is_one_line(tiny_data, tmp_path):
+    done = recipe("train", f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, "train.global_batch_size=5")
+    assert done.returncode == 2 and "use 6" in done.stderr.strip().splitlines()[-1]
