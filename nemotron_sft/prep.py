@@ -20,14 +20,16 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from nemotron_sft import __version__, sources
+from nemotron_sft import __version__, sources, units
 from nemotron_sft.config import Prep
 from nemotron_sft.errors import UserError
 from nemotron_sft.spool import Spool
@@ -44,7 +46,7 @@ from nemotron_sft.units import (
 )
 
 SPLITS = ("training", "validation", "test")
-CHUNK_TOKENS = 4 << 20  # of output assembled at once
+CHUNK_TOKENS = 2 << 20  # of output assembled at once
 
 
 def run(cfg: Prep) -> dict:
@@ -55,15 +57,29 @@ def run(cfg: Prep) -> dict:
     Raises UserError for anything the user can mend; the output then does not exist, and a rerun continues.
     """
     started = time.monotonic()
-    todo = plan(cfg)
-    with disk_errors(todo.directory), locked(todo.directory):
+    inputs = units.find_inputs(cfg)
+    directory = units.output_directory(cfg, inputs.name)
+    workers = cfg.workers or len(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        pool = None
+        if (
+            workers > 1
+            and inputs.bytes > units.UNIT_BYTES
+            and (cfg.force or not (directory / "metadata.json").exists())
+        ):
+            pool = stack.enter_context(start_workers(workers, cfg))  # they get ready while the plan is made
+        todo = plan(cfg, inputs)
+        stack.enter_context(disk_errors(directory))
+        stack.enter_context(locked(directory))
         if cfg.force:
-            shutil.rmtree(todo.directory / "spool", ignore_errors=True)
+            shutil.rmtree(directory / "spool", ignore_errors=True)
         elif found := finished(todo):
-            return {**found, "directory": str(todo.directory), "unchanged": True}
-        run_units(todo, cfg.workers or len(os.sched_getaffinity(0)))
-        metadata = merge(cfg, todo, started)
-        return {**metadata, "directory": str(todo.directory), "unchanged": False}
+            return {**found, "directory": str(directory), "unchanged": True}
+        if workers > 1 and len(todo.units) > 1 and not pool:
+            pool = stack.enter_context(start_workers(workers, cfg))
+        run_units(todo, pool)
+        metadata = merge(cfg, todo, started, threads=min(4, workers))
+        return {**metadata, "directory": str(directory), "unchanged": False}
 
 
 @contextmanager
@@ -116,8 +132,8 @@ def finished(todo: Plan) -> dict | None:
 # --- tokenizing --------------------------------------------------------------------------------------------
 
 
-def run_units(todo: Plan, workers: int) -> None:
-    """Run the units that have no spool file yet: in `workers` processes, or here if one is enough."""
+def run_units(todo: Plan, pool: Executor | None = None) -> None:
+    """Run the units that have no spool file yet, in the processes of `pool` or else here."""
     from nemotron_sft.console import progress
 
     folder = todo.directory / "spool"
@@ -134,49 +150,58 @@ def run_units(todo: Plan, workers: int) -> None:
     tokens, started = 0, time.monotonic()
     with progress("tokenizing", total) as advance:
         advance(total - sum(unit.bytes for unit in waiting))
-        for unit, stats in _each(todo, waiting, min(workers, len(waiting))):
+        for unit, stats in _each(todo, waiting, pool):
             tokens += stats["tokens"]
             advance(unit.bytes, f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
 
-def _each(todo: Plan, units: list[Unit], workers: int) -> Iterator[tuple[Unit, dict]]:
+def _each(todo: Plan, waiting: list[Unit], pool: Executor | None) -> Iterator[tuple[Unit, dict]]:
     """(unit, statistics) of every unit, as they are done."""
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures import as_completed
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
 
-    if workers == 1:
-        for unit in units:
+    if not pool:
+        for unit in waiting:
             yield unit, run_unit(todo, unit)
         return
+    settings = replace(todo, units=(), files=())  # the lists would be sent along with every unit
+    try:
+        futures = {pool.submit(run_unit, settings, unit): unit for unit in waiting}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, by hand or for lack of memory: rerun to continue, with fewer "
+            "workers (workers=N) if memory is short"
+        ) from None
+
+
+@contextmanager
+def start_workers(count: int, cfg: Prep) -> Iterator[Executor]:
+    """Worker processes that are opening the tokenizer. They end with the `with` block, or with this process."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     # A fork server: workers start with the modules imported, and without this process's threads and locks.
     context = get_context("forkserver")
     context.set_forkserver_preload(["nemotron_sft.units"])
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(todo,)) as pool:
-        futures = {pool.submit(_work, unit): unit for unit in units}
-        try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, by hand or for lack of memory: rerun to continue, with fewer "
-                "workers (workers=N) if memory is short"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(units.tokenizer_path(cfg),))
+    try:
+        for _ in range(count):
+            pool.submit(os.getpid)  # a process is started when there is something for it to do
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-_todo: Plan  # in a worker: the plan, sent once
-
-
-def _start_worker(todo: Plan) -> None:
+def _start_worker(tokenizer: str) -> None:
     """Set up a worker: it leaves Ctrl-C to its parent, and ends when the parent ends, whatever the cause."""
     import multiprocessing
     import signal
     import threading
 
-    global _todo
-    _todo = todo
+    from nemotron_sft.tokens import preload
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -184,10 +209,7 @@ def _start_worker(todo: Plan) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _work(unit: Unit) -> dict:
-    return run_unit(_todo, unit)
+    preload(tokenizer)
 
 
 # --- merging -----------------------------------------------------------------------------------------------
@@ -209,7 +231,7 @@ class Sequences:
         return len(self.length)
 
 
-def merge(cfg: Prep, todo: Plan, started: float | None = None) -> dict:
+def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1) -> dict:
     """Split, pack and write the tokens of all units, which must be done. Returns the metadata.
 
     Writing metadata.json is the commit; the spool is removed after it. Raises UserError.
@@ -230,7 +252,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None) -> dict:
         ratios = asdict(cfg.split)
         which = assign_splits(sequences.conversation, [ratios[name] for name in SPLITS], cfg.seed)
         splits = {
-            name: _write_split(cfg, todo, name, sequences[np.flatnonzero(which == number)], spools)
+            name: _write_split(cfg, todo, name, sequences[np.flatnonzero(which == number)], spools, threads)
             for number, name in enumerate(SPLITS)
         }
         lengths = np.sum([spool.stats["lengths"] for spool in spools], axis=0).tolist()
@@ -259,7 +281,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None) -> dict:
         "wall_seconds": round(seconds, 3),
         "tokens_per_second": round(sum(part["tokens"] for part in splits.values()) / seconds),
     }  # fmt: skip
-    report.write_report(directory, metadata, tokenizer)
+    report.write_report(directory, metadata)
     packed.write_metadata(directory, metadata)
     shutil.rmtree(directory / "spool")
     return metadata
@@ -355,7 +377,7 @@ def assign_splits(conversations: np.ndarray, ratios: list[float], seed: int) -> 
     return which
 
 
-def _write_split(cfg: Prep, todo: Plan, name: str, sequences: Sequences, spools: list[Spool]) -> dict:
+def _write_split(cfg: Prep, todo: Plan, name: str, sequences: Sequences, spools: list[Spool], threads: int) -> dict:
     """Pack and write one split; returns its entry for the metadata. An empty split has no file."""
     from nemotron_sft.console import progress
     from nemotron_sft.packed import pack_dtype, write_packs
@@ -375,13 +397,34 @@ def _write_split(cfg: Prep, todo: Plan, name: str, sequences: Sequences, spools:
         _check_space(todo.directory, packs * dtype.itemsize)
     step = max(1, CHUNK_TOKENS // todo.pack_size)
 
+    def assemble(first: int) -> np.ndarray:
+        return _assemble(sequences, order, bounds[first : first + step + 1], todo, dtype, spools)
+
     def chunks(advance: Callable) -> Iterator[np.ndarray]:
-        for first in range(0, packs, step):
-            yield _assemble(sequences, order, bounds[first : first + step + 1], todo, dtype, spools)
-            advance(min(step, packs - first))
+        for records in _ahead(assemble, range(0, packs, step), threads):
+            yield records
+            advance(len(records))
 
     with progress(f"writing {path.name}", packs) as advance:
         return write_packs(path, chunks(advance), packs)
+
+
+def _ahead(function: Callable, arguments: Iterable, threads: int) -> Iterator:
+    """map(function, arguments) with up to `threads` results made ahead, by threads: reading, copying, hashing and
+    writing arrays all let other threads run."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if threads == 1:
+        yield from map(function, arguments)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque = deque()
+        for argument in arguments:
+            ahead.append(pool.submit(function, argument))
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _check_space(directory: Path, needed: int) -> None:

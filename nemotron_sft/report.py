@@ -71,11 +71,11 @@ def print_report(metadata: dict) -> None:
     out.print(f"{metadata['wall_seconds']:,.1f} s, {metadata['tokens_per_second']:,.0f} tokens/s")
 
 
-def write_report(directory: str | Path, metadata: dict, tokenizer=None) -> None:
+def write_report(directory: str | Path, metadata: dict) -> None:
     """Write report.html, one file without references to others, into an output whose packs are already there.
 
-    It shows the figures of `metadata` and a few packs as text. `tokenizer`: the tokens.Tokenizer that made
-    them, if it is open already. Raises UserError if the tokenizer is gone or another one.
+    It shows the figures of `metadata` and a few packs as text. Raises UserError if the tokenizer is gone or
+    another one.
     """
     from jinja2 import Environment
     from markupsafe import Markup, escape
@@ -116,7 +116,7 @@ def write_report(directory: str | Path, metadata: dict, tokenizer=None) -> None:
         largest_share=max([d[key] for d in datasets for key in ("requested_share", "realised_share")] + [1e-9]),
         histogram=histogram(metadata),
         drops=all_drops(metadata),
-        packs=_shown_packs(directory, metadata, tokenizer),
+        packs=_shown_packs(directory, metadata),
     )
     with AtomicFile(directory / "report.html") as file:
         file.write(html.encode())
@@ -227,24 +227,22 @@ def histogram(metadata: dict) -> list[dict]:
 # --- packs as text -----------------------------------------------------------------------------------------
 
 
-def _tokenizer(metadata: dict, tokenizer=None) -> tuple:
-    """The tokenizer that an output was made with, opened unless given, and the ids of its special tokens."""
+def _tokenizer(metadata: dict) -> tuple:
+    """The tokenizer that an output was made with, and the ids of its special tokens."""
     from nemotron_sft.tokens import load_tokenizer
 
     made_with = metadata["tokenizer"]
-    tokenizer = tokenizer or load_tokenizer(
-        made_with["model"], revision=made_with.get("revision"), backend="tokenizers"
-    )
+    tokenizer = load_tokenizer(made_with["model"], revision=made_with.get("revision"), backend="tokenizers")
     if tokenizer.digest != made_with["digest"]:
         raise UserError(f"tokenizer {made_with['model']} is not the one that the data was made with")
     added = json.loads(tokenizer.file.read_bytes()).get("added_tokens", [])
     return tokenizer, np.array([token["id"] for token in added])
 
 
-def _shown_packs(directory: Path, metadata: dict, tokenizer=None) -> list[dict]:
+def _shown_packs(directory: Path, metadata: dict) -> list[dict]:
     """A few packs, described for the HTML."""
     training = metadata["splits"]["training"]
-    tokenizer, special = _tokenizer(metadata, tokenizer)
+    tokenizer, special = _tokenizer(metadata)
     return [
         _described(directory / training["file"], int(index), metadata, tokenizer, special, SHOWN_TOKENS)
         for index in np.unique(np.linspace(0, training["packs"] - 1, SHOWN_PACKS).round())

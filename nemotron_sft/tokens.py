@@ -17,8 +17,9 @@ import json
 import os
 import random
 import re
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +73,6 @@ class Tokenizer:
         """The text of token ids, special tokens included."""
         return self._reference.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
-    def on(self, backend: str) -> Tokenizer:
-        """The same tokenizer with another encoder, sharing the encoders that are open."""
-        other = replace(self, backend=backend)
-        other.__dict__.update({name: self.__dict__[name] for name in ("_fast", "_reference") if name in self.__dict__})
-        return other
-
     @cached_property
     def _fast(self):
         _limit_threads(self.threads)
@@ -120,13 +115,12 @@ def load_tokenizer(model: str, *, revision: str | None = None, backend: str = "a
     pad = vocabulary[named.get("pad_token", named["eos_token"])]
     if _decode(reference, ["x", "y"]) != "xy":
         raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
-    opened = {"_reference": reference}
     if backend != "tokenizers":
-        opened["_fast"], difference = _checked_fastokens(file, reference)
+        difference = _difference(file, reference)
         if difference and backend == "fastokens":
             raise UserError(f"{file}: fastokens cannot encode it: {difference}; use tokenizer.backend=auto")
         backend = "tokenizers" if difference else "fastokens"
-    tokenizer = Tokenizer(
+    return Tokenizer(
         name=str(model),
         file=file,
         revision=commit,
@@ -138,8 +132,6 @@ def load_tokenizer(model: str, *, revision: str | None = None, backend: str = "a
         special_tokens=named,
         digest=_digest(content, eos, pad),
     )
-    tokenizer.__dict__.update(opened)  # where the cached properties look: opening takes seconds
-    return tokenizer
 
 
 def tokenize(tokenizer: Tokenizer, sequences: list[list[tuple[str, str]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -221,6 +213,23 @@ def _limit_threads(threads: int) -> None:
 
 
 def _open_reference(file: Path):
+    return _opened_reference(file, file.stat().st_mtime_ns)
+
+
+def _open_fastokens(file: Path):
+    return _opened_fastokens(file, file.stat().st_mtime_ns)
+
+
+def preload(model: str) -> None:
+    """Open the encoder that `load_tokenizer` is likely to choose: it takes seconds, which a worker process can spend
+    while its parent is still planning. Never fails; load_tokenizer says what is wrong."""
+    with suppress(Exception):
+        _limit_threads(1)
+        _open_fastokens(_find(model, None)[0])
+
+
+@lru_cache(maxsize=2)
+def _opened_reference(file: Path, changed: int):
     from tokenizers import Tokenizer as Reference
 
     reference = Reference.from_file(str(file))
@@ -229,7 +238,8 @@ def _open_reference(file: Path):
     return reference
 
 
-def _open_fastokens(file: Path):
+@lru_cache(maxsize=2)
+def _opened_fastokens(file: Path, changed: int):
     from fastokens import Tokenizer as Fast
 
     fast = Fast.from_file(str(file))
@@ -255,19 +265,14 @@ def _decode(reference, texts: list[str]) -> str:
     return reference.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def _checked_fastokens(file: Path, reference) -> tuple:
-    """fastokens' encoder, and why it cannot stand in for `reference`, or None."""
+def _difference(file: Path, reference) -> str | None:
+    """Why fastokens cannot stand in for `reference`, or None."""
     try:
         fast = _open_fastokens(file)
-        return fast, _difference(fast, reference)
+        texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
+        got_ids, got_offsets = _encode_flat(fast, texts)
     except Exception as error:  # unsupported models raise ValueError, others whatever Rust reports
-        return None, " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _difference(fast, reference) -> str | None:
-    """The first text on which the two encoders differ, or None."""
-    texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
-    got_ids, got_offsets = _encode_flat(fast, texts)
+        return " ".join(str(error).split())[:200] or type(error).__name__
     ids, offsets = _encode_reference(reference, texts)
     if np.array_equal(got_ids, ids) and np.array_equal(got_offsets, offsets):
         return None

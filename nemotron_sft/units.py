@@ -74,17 +74,44 @@ class Plan:
         return self.directory / "spool" / f"{unit.key}.spool"
 
 
-def plan(cfg: Prep) -> Plan:
-    """Find the inputs, download what is remote, and cut them into units. Raises UserError."""
+@dataclass(frozen=True)
+class Inputs:
+    """The blend's name, its data sets, and the files of each."""
+
+    name: str
+    datasets: list[Dataset]
+    files: list[list[File]]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for files in self.files for file in files)
+
+
+def find_inputs(cfg: Prep) -> Inputs:
+    """Find the inputs, and download what is on the hub. Raises UserError, also for settings that cannot work."""
     validate(cfg)
     name, datasets = load_blend(cfg.blend)
+    return Inputs(name, datasets, [sources.find(dataset, download=cfg.sample is None) for dataset in datasets])
+
+
+def output_directory(cfg: Prep, name: str) -> Path:
+    suffix = f"-sample{cfg.sample}" if cfg.sample is not None else ""
+    return Path(cfg.output_dir or f"output/data/{name}{suffix}")
+
+
+def tokenizer_path(cfg: Prep) -> str:
+    """A relative path counts from the working directory or, if nothing is there, from the repository."""
     model = cfg.tokenizer.model
-    if not Path(model).exists() and (ROOT / model).exists():  # shipped here, and called from elsewhere
-        model = str(ROOT / model)
-    tokenizer = load_tokenizer(model)
+    return str(ROOT / model) if (ROOT / model).exists() and not Path(model).exists() else model
+
+
+def plan(cfg: Prep, inputs: Inputs | None = None) -> Plan:
+    """Cut the inputs into units. Raises UserError."""
+    inputs = inputs or find_inputs(cfg)
+    name, datasets, found = inputs.name, inputs.datasets, inputs.files
+    tokenizer = load_tokenizer(tokenizer_path(cfg))
     template = load_template(**template_options(cfg, tokenizer))
-    found = [sources.find(dataset, download=cfg.sample is None) for dataset in datasets]
-    unit_bytes = max(UNIT_BYTES, sum(file.bytes for files in found for file in files) // MAX_UNITS)
+    unit_bytes = max(UNIT_BYTES, inputs.bytes // MAX_UNITS)
     shaping = [1, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.messages_field,
                cfg.tools_field, cfg.sample, cfg.seed, cfg.max_drop_ratio > 0]  # fmt: skip
     units = []
@@ -97,11 +124,10 @@ def plan(cfg: Prep) -> Plan:
         for group in groups:
             key = _digest(about, [[p.file.label, p.file.stamp, p.start, p.stop] for p in group])
             units.append(Unit(key, index, tuple(group), sum(piece.bytes for piece in group)))
-    suffix = f"-sample{cfg.sample}" if cfg.sample is not None else ""
     keys = [unit.key for unit in units]
     return Plan(
         name=name,
-        directory=Path(cfg.output_dir or f"output/data/{name}{suffix}"),
+        directory=output_directory(cfg, name),
         datasets=tuple(datasets),
         files=tuple(file for files in found for file in files),
         units=tuple(units),
@@ -326,7 +352,7 @@ def trusted(todo: Plan, characters: int = 100_000) -> Plan:
     """
     if todo.tokenizer.backend == "tokenizers":
         return todo
-    reference = todo.tokenizer.on("tokenizers")
+    reference = replace(todo.tokenizer, backend="tokenizers")
     for number in range(len(todo.datasets)):
         unit = next((unit for unit in todo.units if unit.dataset == number), None)
         few = replace(todo, sample=200, drops_allowed=True)
