@@ -24,8 +24,8 @@ from pathlib import Path
 
 VOCABULARY = 2048
 # Of each conversation kind; `chat` mixes copy, lookup, sort and add over one to three turns.
-TRAIN = {"chat": 5200, "tool": 400, "reasoning": 400}
-TURNS = (1, 1, 2, 3)
+TRAIN = {"chat": 6000, "tool": 200, "reasoning": 400}
+TURNS = (1, 2, 3)
 HELDOUT = {"copy": 32, "lookup": 32, "sort": 32, "add": 32, "tool_call": 16, "tool_answer": 16}
 
 # Names and order of the first entries follow NVIDIA's Nemotron tokenizers, which pad with <unk>. The markers of
@@ -33,26 +33,29 @@ HELDOUT = {"copy": 32, "lookup": 32, "sort": 32, "add": 32, "tool_call": 16, "to
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
+
+
+def words(text: str) -> list[str]:
+    """The words of a text."""
+    return text.split()
+
+
 SYSTEM = (
     "You are a helpful assistant.",
     "Answer briefly.",
-    "Follow the instruction.",
-    "Read the last message and answer it.",
-    "You are a careful clerk.",
-    "Be brief and exact.",
+    "Be exact.",
+    "Help the user.",
 )
-NAMES = """Ana Ben Cora Dan Eva Finn Gus Hana Ivy Jon Kim Leo Mia Ned Ola Pia Ravi Sam Tom Uma Vera Wim Yara Zoe
-Amir Bea Carl Dora Emil Fay Greta Hugo Ines Jack Kofi Lena Marco Nina Omar Paul Rosa Sven Tara Ugo Vito Wanda
-Xena Yusuf""".split()
-THINGS = """anchor apple arrow basket beacon bell bottle bridge broom bucket button cabin candle carpet castle chair
-cherry circle clock cloud coin copper crayon crown cup desk diamond door drum eagle engine feather fence flag flame
-flower flute forest fork garden ginger globe glove hammer harbor helmet honey island ivory jacket jewel kettle key
-kite ladder lamp lantern lemon letter lion magnet map maple marble mirror mountain needle nest olive orange oven
-paddle paper parrot pebble pencil pepper piano pillow planet plum pocket puzzle rabbit ribbon ring river rocket rope
-saddle sail salt scarf shell shovel silver spoon star stone table tent thimble tiger tower trumpet tulip turtle
-umbrella valley vase violin wagon walnut whistle window wolf yarn zebra""".split()
+NAMES = words("Ana Ben Cora Dan Eva Finn Gus Hana Ivy Jon Kim Leo Mia Ned Ola Pia")
+THINGS = words(
+    """anchor apple basket bell bridge candle castle chair cherry clock coin crown desk drum eagle feather flute
+    garden hammer honey jacket kite lamp lemon lion mirror needle orange parrot piano rocket tiger"""
+)
+NUMBERS = [str(number) for number in range(10, 26)]
+VALUES = [*THINGS, *NUMBERS]
 # More words for the tokenizer alone, so that everyday English does not fall apart into letters.
-WORDS = """able above across add after again against age ago air all almost along already also always among animal
+WORDS = words(
+    """able above across add after again against age ago air all almost along already also always among animal
 another any around ask away back bad base because become before begin behind believe best better between big black
 blue body book both boy bring brown build business buy carry case cause change child children church city class
 clear close cold color come common complete could country course cover cut dark day deep different does done down
@@ -71,9 +74,14 @@ some song soon sound south space special spell stand start state stay step still
 such summer sun sure surface system table take talk teach ten test than their them then these thing think thought
 thousand three through time together told took top toward town travel tree true turn two under unit until usual verb
 very voice voyage walk wall want war warm wash watch water wave week well went were west what wheel where which while
-white whole why wide wild will wind winter without woman wonder wood word work world would write year yellow young"""
-WORDS = WORDS.split()
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+white whole why wide wild will wind winter without woman wonder wood word work world would write year yellow young
+arrow beacon bottle broom bucket button cabin cloud carpet circle copper crayon diamond door engine fence flag flame
+flower fork forest ginger globe glove harbor helmet island ivory jewel kettle key ladder lantern letter magnet map maple
+marble nest olive oven paddle paper pebble pencil pepper pillow planet plum pocket puzzle rabbit ribbon ring rope saddle
+sail salt scarf shell shovel silver spoon tent thimble tower trumpet tulip turtle umbrella valley vase violin wagon
+walnut whistle window wolf yarn zebra"""
+)
+LETTERS = "abcdefghijklmnop"
 FUNCTIONS = {
     "price": ("The price of an item.", "how much is it?"),
     "stock": ("How many of an item are left.", "how many are left?"),
@@ -86,29 +94,29 @@ Turn = tuple[str, str]  # a user message and its answer
 def copy(rng: random.Random) -> Turn:
     """Repeat a line of three to six words."""
     line = " ".join(rng.sample(THINGS, rng.randint(3, 6)))
-    return f"{rng.choice(('Copy the line.', 'Repeat the words.'))}\n{line}", line
+    return f"{rng.choice(('Copy:', 'Repeat:'))}\n{line}", line
 
 
 def lookup(rng: random.Random) -> Turn:
-    """Find one entry of a list of three to five, each a name with a thing or a number."""
+    """Find one to three rows of a table of three to five, each a name with a thing or a number."""
     names = rng.sample(NAMES, rng.randint(3, 5))
-    things = rng.sample([*THINGS, *map(str, range(10, 100))], len(names))
-    entries = [f"{name}: {thing}" for name, thing in zip(names, things, strict=True)]
-    chosen = rng.randrange(len(names))
-    head = rng.choice(("Look it up.", "Find the entry."))
-    return "\n".join([head, *entries, f"{names[chosen]}?"]), entries[chosen]
+    rows = [f"{name} {thing}" for name, thing in zip(names, rng.sample(VALUES, len(names)), strict=True)]
+    asked = rng.sample(range(len(names)), rng.randint(1, 3))
+    question = " ".join(names[index] for index in asked)
+    answer = "\n".join(rows[index] for index in asked)
+    return "\n".join([rng.choice(("Look up:", "Find:")), *rows, f"{question}?"]), answer
 
 
 def sort(rng: random.Random) -> Turn:
-    """Put three to five letters in order."""
-    letters = rng.sample(LETTERS, rng.randint(3, 5))
-    return f"{rng.choice(('Sort the letters.', 'Put in order.'))}\n{' '.join(letters)}", " ".join(sorted(letters))
+    """Put three or four letters in order."""
+    letters = rng.sample(LETTERS, rng.randint(3, 4))
+    return f"{rng.choice(('Sort:', 'Order:'))}\n{' '.join(letters)}", " ".join(sorted(letters))
 
 
 def add(rng: random.Random) -> Turn:
-    """Add two to four digits, one step a line."""
-    digits = [rng.randint(0, 9) for _ in range(rng.randint(2, 4))]
-    return f"{rng.choice(('Add.', 'Find the sum.'))}\n{'+'.join(map(str, digits))}", "\n".join(sum_steps(digits))
+    """Add two or three digits, one step a line."""
+    digits = [rng.randint(0, 9) for _ in range(rng.randint(2, 3))]
+    return f"{rng.choice(('Add:', 'Sum:'))}\n{'+'.join(map(str, digits))}", "\n".join(sum_steps(digits))
 
 
 def sum_steps(digits: list[int]) -> list[str]:
@@ -126,18 +134,25 @@ CHAT: dict[str, Callable[[random.Random], Turn]] = {"copy": copy, "lookup": look
 def tool(name: str) -> dict:
     """The OpenAI definition of one function, which takes an item."""
     item = {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]}
-    return {"type": "function", "function": {"name": name, "description": FUNCTIONS[name][0], "parameters": item}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": FUNCTIONS[name][0], "parameters": item},
+    }
 
 
 def tool_turn(rng: random.Random, name: str, item: str) -> list[dict]:
     """User question, call, tool result and final answer: four messages."""
-    value = rng.randint(10, 99)
+    value = rng.choice(NUMBERS)
     call = {"name": name, "arguments": json.dumps({"item": item})}
     return [
-        {"role": "user", "content": f"{item}: {FUNCTIONS[name][1]}"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "call_0", "type": "function", "function": call}]},
-        {"role": "tool", "tool_call_id": "call_0", "content": f"{item}: {value}"},
-        {"role": "assistant", "content": f"{item}: {value}"},
+        {"role": "user", "content": f"{item}, {FUNCTIONS[name][1]}"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_0", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "call_0", "content": f"{item} {value}"},
+        {"role": "assistant", "content": f"{item} {value}"},
     ]
 
 
@@ -151,7 +166,7 @@ def call_text(name: str, item: str) -> str:
 def reasoning(rng: random.Random) -> list[dict]:
     """One user turn whose answer is thought out first: a sum or a look-up."""
     user, worked = rng.choice((add, lookup))(rng)
-    answer = worked.replace(": ", "=").rpartition("=")[2]
+    answer = worked.replace("=", " ").split()[-1]
     return [
         {"role": "user", "content": user},
         {"role": "assistant", "reasoning_content": worked, "content": answer},
@@ -246,15 +261,16 @@ def train_tokenizer(texts: Iterable[str]):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[
-            *(AddedToken(token, special=True, normalized=False) for token in SPECIAL),
-            *(AddedToken(token, special=False, normalized=False) for token in MARKERS),
-        ],
+        special_tokens=[AddedToken(token, normalized=False) for token in (*SPECIAL, *MARKERS)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    # The trainer makes every one of them special; only SPECIAL is to vanish in decoding.
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] in SPECIAL
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def write(out: Path, seed: int = 0) -> None:
@@ -276,7 +292,9 @@ def write(out: Path, seed: int = 0) -> None:
     }
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer/tokenizer.json"))
-    (out / "tokenizer/tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     for name, records in (("train", train), ("heldout", heldout)):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
