@@ -33,6 +33,8 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
     """
     data_dir = find_data(config)
     metadata = check_data(data_dir)
+    # Idle OpenMP threads sleep instead of spinning: 5 % slower on an idle machine, 10 times faster on a shared one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from nemotron_sft.megatron.slim import slim_imports
