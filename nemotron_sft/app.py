@@ -12,15 +12,24 @@ from pathlib import Path
 
 from nemotron_sft.errors import UserError
 
+TYPED = list(sys.argv)  # the command as it was typed
 STARTED = time.time()  # of the process, near enough: this is the first module an entry point imports
-CONF = Path(__file__).resolve().parent.parent / "conf"
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+USER_CONF = Path.home() / ".config" / "nemotron-sft"  # searched after conf/, see hydra_plugins
 
 
 def run(task: Callable, config_name: str) -> None:
     """Compose conf/`config_name`.yaml with the command line's overrides and call `task(cfg)`.
 
     Exits with 0, with 2 and one line on stderr for anything the user can mend, and with a traceback otherwise.
+    With -m and cluster=slurm the config goes to a job instead, which comes back here with --frozen.
     """
+    if sys.argv[1:2] == ["--frozen"]:
+        from nemotron_sft import node
+
+        return node.run(task, sys.argv[1:])
+    sys.path.append(str(ROOT))  # where Hydra finds hydra_plugins
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +40,10 @@ def run(task: Callable, config_name: str) -> None:
 
     @functools.wraps(task)
     def guarded(cfg):
+        from nemotron_sft import cluster
+
         try:
+            cluster.here(cfg.cluster)
             task(cfg)
         except UserError as error:  # caught here, because Hydra would add a line of its own
             fail(str(error))
@@ -40,6 +52,8 @@ def run(task: Callable, config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name))
+    except UserError as error:  # of a submission
+        fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -55,9 +69,10 @@ def open_key(argument: str) -> str:
     """`a.b=1` becomes `++a.b=1`, so that Hydra lets every dotted key pass and config.check judges them all.
 
     Hydra itself knows only the keys spelled out in conf/; Megatron-Bridge has hundreds more. `data=PATH` is
-    short for `data.path=PATH`.
+    short for `data.path=PATH`, and `prep.shards=N` the same as `shards=N`.
     """
     argument = re.sub(r"^data=", "data.path=", argument)
+    argument = re.sub(r"^prep\.shards=", "shards=", argument)
     return f"++{argument}" if re.match(r"(?!hydra\.)[a-z_]\w*(\.\w+)+=", argument) else argument
 
 
@@ -76,7 +91,7 @@ def explain(error: Exception, config_name: str) -> str:
         )
     if match := re.search(r"Could not find '([\w.-]+)/([\w./-]+)'", text):
         group, option = match[1], match[2]
-        options = sorted(p.stem for p in (CONF / group).glob("*.yaml")) if (CONF / group).is_dir() else []
+        options = sorted(p.stem for root in (CONF, USER_CONF) for p in (root / group).glob("*.yaml"))
         best = nearest(option, options)
         hint = f"did you mean {group}={best}? " if best else ""
         return f"no {group} named {option}: {hint}available: {', '.join(options)}"

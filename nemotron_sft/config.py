@@ -149,6 +149,9 @@ class Prep:
     format: str = MISSING  # npy | parquet
     output_dir: str | None = MISSING
     workers: int | None = MISSING
+    shards: int = MISSING
+    shard: int | None = MISSING
+    cluster: dict[str, Any] = MISSING  # conf/cluster, see cluster.Slurm
     force: bool = MISSING
     inspect: str | None = MISSING
     pack: int = MISSING
@@ -252,3 +255,4 @@ class TrainConfig:
     logger: Logger = MISSING
     dist: Dist = MISSING
     heldout: Heldout = MISSING
+    cluster: dict[str, Any] = MISSING  # conf/cluster, see cluster.Slurm

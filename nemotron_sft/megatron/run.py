@@ -63,6 +63,7 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
 
         from nemotron_sft.megatron.config import build
         from nemotron_sft.megatron.progress import Progress
+        from nemotron_sft.megatron.signals import saving_on_sigterm
         from nemotron_sft.megatron.summary import Heldout, summarise
 
         imported = time.time() - STARTED
@@ -75,7 +76,8 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         for observer in (heldout, progress):  # in this order: answering before training is no part of step 1
             observer.register(callbacks)
         run = pretrain if config.init_from == "random" and not config.checkpoint.load else finetune
-        run(container, forward_step, callbacks=callbacks)
+        with saving_on_sigterm(container, run_dir, rank, terminal):
+            run(container, forward_step, callbacks=callbacks)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if rank == 0:
