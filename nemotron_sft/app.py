@@ -16,6 +16,7 @@ TYPED = list(sys.argv)  # the command as it was typed
 STARTED = time.time()  # of the process, near enough: this is the first module an entry point imports
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+sys.path.append(str(ROOT))  # where Hydra finds hydra_plugins
 USER_CONF = Path.home() / ".config" / "nemotron-sft"  # searched after conf/, see hydra_plugins
 
 
@@ -29,7 +30,6 @@ def run(task: Callable, config_name: str) -> None:
         from nemotron_sft import node
 
         return node.run(task, sys.argv[1:])
-    sys.path.append(str(ROOT))  # where Hydra finds hydra_plugins
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -86,9 +86,7 @@ def explain(error: Exception, config_name: str) -> str:
         key = match[1]
         top = re.findall(r"^(\w+):", (CONF / f"{config_name}.yaml").read_text(), flags=re.MULTILINE)
         best = nearest(key, [*top, *groups])
-        return f"unknown key {key}" + (
-            f": did you mean {best}?" if best else f": known keys: {', '.join(top)}"
-        )
+        return f"unknown key {key}" + (f": did you mean {best}?" if best else f": known keys: {', '.join(top)}")
     if match := re.search(r"Could not find '([\w.-]+)/([\w./-]+)'", text):
         group, option = match[1], match[2]
         options = sorted(p.stem for root in (CONF, USER_CONF) for p in (root / group).glob("*.yaml"))

@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -72,7 +72,8 @@ def run(cfg: Prep) -> dict:
         stack.enter_context(disk_errors(directory))
         stack.enter_context(locked(directory))
         if cfg.force:
-            shutil.rmtree(directory / "spool", ignore_errors=True)
+            if cfg.shards == 1:  # otherwise the shards have started over
+                shutil.rmtree(directory / "spool", ignore_errors=True)
         elif found := finished(todo):
             return {**found, "directory": str(directory), "unchanged": True}
         if workers > 1 and len(todo.units) > 1 and not pool:
@@ -80,6 +81,29 @@ def run(cfg: Prep) -> dict:
         run_units(todo, pool)
         metadata = merge(cfg, todo, started, threads=min(4, workers))
         return {**metadata, "directory": str(directory), "unchanged": False}
+
+
+def run_shard(cfg: Prep) -> str:
+    """Tokenize the units of one share, cfg.shard of cfg.shards, and return what was done in words.
+
+    Shares can run at the same time on any machines that see the directory. `run` with the same settings merges
+    them, after doing what a lost share has left undone. Raises UserError.
+    """
+    if not 0 <= cfg.shard < cfg.shards:
+        raise UserError(f"shard={cfg.shard} is not one of the {cfg.shards} shards: take 0 .. {cfg.shards - 1}")
+    todo = plan(cfg)
+    mine = todo.units[cfg.shard :: cfg.shards]
+    with ExitStack() as stack:
+        stack.enter_context(disk_errors(todo.directory))
+        stack.enter_context(locked(todo.directory, shared=True))
+        if cfg.force:
+            for unit in mine:
+                todo.spool(unit).unlink(missing_ok=True)
+        elif finished(todo):
+            return f"nothing changed: {todo.directory} is up to date"
+        workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(mine))
+        run_units(todo, stack.enter_context(start_workers(workers, cfg)) if workers > 1 else None, mine)
+    return f"shard {cfg.shard} of {cfg.shards}: {len(mine)} of {len(todo.units)} units in {todo.directory / 'spool'}"
 
 
 @contextmanager
@@ -99,14 +123,14 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """One preparation at a time in a directory. The lock goes with the process, however it ends."""
+def locked(directory: Path, shared: bool = False) -> Iterator[None]:
+    """One preparation at a time in a directory, or any number of its shards. The lock goes with the process."""
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{directory} is in use by another prep: wait, or set output_dir") from None
         yield
@@ -132,21 +156,26 @@ def finished(todo: Plan) -> dict | None:
 # --- tokenizing --------------------------------------------------------------------------------------------
 
 
-def run_units(todo: Plan, pool: Executor | None = None) -> None:
-    """Run the units that have no spool file yet, in the processes of `pool` or else here."""
+def run_units(todo: Plan, pool: Executor | None = None, mine: Sequence[Unit] | None = None) -> None:
+    """Run the units that have no spool file yet, in the processes of `pool` or else here.
+
+    `mine`: only those; other processes, here or elsewhere, do the others meanwhile.
+    """
     from nemotron_sft.console import progress
 
     folder = todo.directory / "spool"
     folder.mkdir(exist_ok=True)
-    wanted = {todo.spool(unit).name for unit in todo.units}
-    for path in folder.iterdir():  # left by a killed process or by other settings
-        if path.name not in wanted:
-            path.unlink()
-    waiting = [unit for unit in todo.units if not todo.spool(unit).exists()]
+    if mine is None:
+        wanted = {todo.spool(unit).name for unit in todo.units}
+        for path in folder.iterdir():  # left by a killed process or by other settings
+            if path.name not in wanted:
+                path.unlink()
+    chosen = todo.units if mine is None else mine
+    waiting = [unit for unit in chosen if not todo.spool(unit).exists()]
     if not waiting:
         return
     todo = trusted(todo)
-    total = sum(unit.bytes for unit in todo.units)
+    total = sum(unit.bytes for unit in chosen)
     tokens, started = 0, time.monotonic()
     with progress("tokenizing", total) as advance:
         advance(total - sum(unit.bytes for unit in waiting))

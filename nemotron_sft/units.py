@@ -153,7 +153,7 @@ def validate(cfg: Prep) -> None:
         raise UserError(f"split: the ratios must be 0..1 and sum to 1, not {given} = {total:g}")
     if cfg.split.training == 0:
         raise UserError("split.training is 0: there would be nothing to train on")
-    for key, least in (("pack_size", 2), ("sample", 1), ("workers", 1)):
+    for key, least in (("pack_size", 2), ("sample", 1), ("workers", 1), ("shards", 1)):
         if (value := getattr(cfg, key)) is not None and value < least:
             raise UserError(f"{key} must be at least {least}, not {value}")
     for key, choices in (("over_long", ("truncate", "drop")), ("format", ("npy", "parquet"))):

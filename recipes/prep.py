@@ -13,6 +13,9 @@ def main(cfg: DictConfig) -> None:
     if config.inspect:
         report.inspect(config.inspect, config.pack)
         return
+    if config.shard is not None:
+        print(prep.run_shard(config))
+        return
     metadata = prep.run(config)
     report.print_report(metadata)
     directory = metadata["directory"]
