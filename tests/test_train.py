@@ -95,6 +95,22 @@ def test_unwritable_run_directory_is_one_line(tiny_data):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    if run("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield tmp_path
+    run("umount", tmp_path)
+
+
+def test_full_disk_is_one_line_and_leaves_no_checkpoint_that_looks_whole(tiny_data, small_disk):
+    done = recipe("train", f"data={tiny_data}", f"run_dir={small_disk}/run", *SMALL, "train.train_iters=2")
+    assert done.returncode == 2 and "is full" in done.stderr.strip().splitlines()[-1], done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (small_disk / "run/checkpoints/latest_checkpointed_iteration.txt").exists()
+
+
 def test_batch_that_does_not_divide_is_one_line(tiny_data, tmp_path):
     done = recipe("train", f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, "train.global_batch_size=5")
     assert done.returncode == 2 and "use 6" in done.stderr.strip().splitlines()[-1]

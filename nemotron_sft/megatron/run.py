@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -45,7 +46,10 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
     run_dir = agree_on_run_dir(config, rank, world_size)
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run directory {run_dir} ({error.strerror}): set run_dir") from None
         OmegaConf.save(composed, run_dir / "config.yaml", resolve=True)
         (run_dir / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n")
         print(f"data {data_dir}  run directory {run_dir}", flush=True)
@@ -137,9 +141,15 @@ def log_to_file(path: Path):
     try:
         os.dup2(log, 1), os.dup2(log, 2)
         yield terminal
+    except UserError:
+        raise
     except Exception as error:
-        if not isinstance(error, UserError):
-            terminal.write(f"failed; Megatron's log is {path}\n")
+        if "No space left on device" in "".join(traceback.format_exception(error)):
+            raise UserError(
+                f"the disk of {path.parent.parent} is full: free some space and start again with "
+                f"run_dir={path.parent.parent}, which resumes from its last whole checkpoint"
+            ) from error
+        terminal.write(f"failed; Megatron's log is {path}\n")
         raise
     finally:
         sys.stdout.flush(), sys.stderr.flush()
