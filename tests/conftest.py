@@ -19,6 +19,7 @@ SMALL = [
     "heldout.path=null",
     "train.global_batch_size=4",
     "train.packs_per_microbatch=2",
+    "model.qk_layernorm=false",
 ]
 
 

@@ -75,6 +75,8 @@ class Progress:
 
     def on_eval_end(self, context) -> None:
         step, loss = context.state.train_state.step, context.total_loss_dict["lm loss"].item()
+        if self.validation and self.validation[-1][0] == step:
+            return  # Bridge validates once more after the last step
         self.validation.append((step, loss))
         self._write(step=step, validation_loss=loss)
         self._line(f"      step {step}  validation loss {loss:.4f}", done=True)
