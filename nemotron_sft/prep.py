@@ -246,15 +246,11 @@ def _start_worker(tokenizer: str) -> None:
 
 @dataclass
 class Sequences:
-    """What merging knows of the sequences, repeats included; all arrays (N,)."""
+    """Where the sequences are, repeats included; all arrays (N,), so 16 bytes each however long they are."""
 
-    conversation: np.ndarray  # uint64, hash of the conversation
     length: np.ndarray  # int32, tokens
     spool: np.ndarray  # int32, number of the spool file
     start: np.ndarray  # int64, byte offset of the tokens in it
-
-    def __getitem__(self, which: np.ndarray) -> Sequences:
-        return Sequences(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
     def __len__(self) -> int:
         return len(self.length)
@@ -274,16 +270,17 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         spools = [stack.enter_context(Spool(todo.spool(unit))) for unit in todo.units]
         mix = _mix(todo, [spool.stats for spool in spools])
         _check_drops(mix, cfg.max_drop_ratio)
-        sequences = _load(spools)
+        conversations, sequences = _load(spools)
         if not len(sequences):
             raise UserError(f"blend {todo.name}: nothing to train on in {len(todo.files)} files")
         (directory / "metadata.json").unlink(missing_ok=True)  # an older output ceases to exist here
         ratios = asdict(cfg.split)
-        which = assign_splits(sequences.conversation, [ratios[name] for name in SPLITS], cfg.seed)
-        splits = {
-            name: _write_split(cfg, todo, name, sequences[np.flatnonzero(which == number)], spools, threads)
-            for number, name in enumerate(SPLITS)
-        }
+        which = assign_splits(conversations, [ratios[name] for name in SPLITS], cfg.seed)
+        del conversations
+        splits = {}
+        for number, name in enumerate(SPLITS):
+            chosen = np.flatnonzero(which == number).astype(np.int32)
+            splits[name] = _write_split(cfg, todo, name, sequences, chosen, spools, threads)
         lengths = np.sum([spool.stats["lengths"] for spool in spools], axis=0).tolist()
     tokenizer = todo.tokenizer
     seconds = time.monotonic() - started
@@ -365,15 +362,22 @@ def _check_drops(mix: list[dict], limit: float) -> None:
             )
 
 
-def _load(spools: list[Spool]) -> Sequences:
-    """The sequences of all spool files in order, repeated ones `copies` times."""
-    parts = []
+def _load(spools: list[Spool]) -> tuple[np.ndarray, Sequences]:
+    """Hashes of the conversations, (N,) uint64, and the sequences of all spool files in order, repeated ones
+    `copies` times."""
+    count = sum(spool.stats["sequences"] for spool in spools)
+    conversations = np.empty(count, np.uint64)
+    found = Sequences(*(np.empty(count, dtype) for dtype in (np.int32, np.int32, np.int64)))
+    first = 0
     for number, spool in enumerate(spools):
         index = spool.index()
-        start = (np.cumsum(index["length"], dtype=np.int64) - index["length"]) * 4
-        columns = index["conversation"], index["length"], np.full(len(index), number, np.int32), start
-        parts.append([np.repeat(column, index["copies"]) for column in columns])
-    return Sequences(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        here = slice(first, first := first + spool.stats["sequences"])
+        copies = index["copies"]
+        conversations[here] = np.repeat(index["conversation"], copies)
+        found.length[here] = np.repeat(index["length"], copies)
+        found.start[here] = np.repeat(np.cumsum(index["length"], dtype=np.int64) - index["length"], copies) * 4
+        found.spool[here] = number
+    return conversations, found
 
 
 def scrambled(hashes: np.ndarray, seed: int) -> np.ndarray:
@@ -393,33 +397,42 @@ def assign_splits(conversations: np.ndarray, ratios: list[float], seed: int) -> 
     chance. Data too small for that still gives one conversation to every split with a ratio above 0 (later
     splits first) while there are enough different ones.
     """
-    draws = scrambled(conversations, seed)
     bounds = np.cumsum(ratios)[:-1] * 2.0**64
-    which = np.searchsorted(bounds, draws.astype(np.float64), side="right").astype(np.int8)
+    which = np.empty(len(conversations), np.int8)
+    for first in range(0, len(which), 1 << 20):  # in blocks, for the sake of memory
+        draws = scrambled(conversations[first : first + (1 << 20)], seed).astype(np.float64)
+        which[first : first + (1 << 20)] = np.searchsorted(bounds, draws, side="right")
     for split in reversed(range(len(ratios))):
         if ratios[split] == 0 or (which == split).any():
             continue
-        sizes = [len(np.unique(draws[which == other])) for other in range(len(ratios))]
+        sizes = [len(np.unique(conversations[which == other])) for other in range(len(ratios))]
         largest = int(np.argmax(sizes))
         if sizes[largest] > 1:
+            draws = scrambled(conversations, seed)
             which[draws == draws[which == largest].max()] = split
     return which
 
 
-def _write_split(cfg: Prep, todo: Plan, name: str, sequences: Sequences, spools: list[Spool], threads: int) -> dict:
-    """Pack and write one split; returns its entry for the metadata. An empty split has no file."""
+def _write_split(
+    cfg: Prep, todo: Plan, name: str, sequences: Sequences, chosen: np.ndarray, spools: list[Spool], threads: int
+) -> dict:
+    """Pack and write one split, the sequences numbered `chosen`; returns its entry for the metadata.
+
+    An empty split has no file.
+    """
     from nemotron_sft.console import progress
     from nemotron_sft.packed import pack_dtype, write_packs
     from nemotron_sft.packing import members, pack
 
     path = todo.directory / (name + {"npy": ".npy", "parquet": ".idx.parquet"}[cfg.format])
     for other in todo.directory.glob(f"{name}.*"):  # of an earlier run, perhaps in the other format
-        if other != path or not len(sequences):
+        if other != path or not len(chosen):
             other.unlink()
-    if not len(sequences):
+    if not len(chosen):
         nothing = dict.fromkeys(("packs", "sequences", "tokens", "trained_tokens"), 0)
         return {**nothing, "fill": 0.0, "file": None, "bytes": 0, "sha256": None}
-    order, bounds = members(pack(sequences.length, todo.pack_size, cfg.seed))
+    order, bounds = members(pack(sequences.length[chosen], todo.pack_size, cfg.seed))
+    order = chosen[order]
     packs = len(bounds) - 1
     dtype = pack_dtype(todo.pack_size, int(np.diff(bounds).max()))
     if cfg.format == "npy":
