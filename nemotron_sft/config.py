@@ -34,7 +34,8 @@ def unknown_key(path: str, choices: list[str]) -> UserError:
     prefix, _, key = path.rpartition(".")
     best = nearest(key, choices)
     dotted = f"{prefix}.{best}" if prefix else best
-    hint = f"did you mean {dotted}?" if best else f"known keys: {', '.join(sorted(choices))}"
+    own = ", ".join(sorted(choices)) if len(choices) <= 30 else "see --cfg job and Megatron-Bridge's documentation"
+    hint = f"did you mean {dotted}?" if best else f"known keys: {own}"
     return UserError(f"unknown key {path}: {hint}")
 
 
@@ -167,6 +168,7 @@ class Model(Bridge):
     name: str = MISSING
     recipe: str | None = MISSING  # function in megatron.bridge.recipes that returns a ConfigContainer
     provider: str | None = MISSING  # model provider class, for a model without a recipe
+    hf: str | None = MISSING  # Hugging Face directory or hub id with the architecture
 
 
 @dataclass
@@ -246,6 +248,8 @@ class TrainConfig:
     run_dir: str | None = MISSING
     output_dir: str = MISSING
     seed: int = MISSING
+    preflight: bool = MISSING
+    world_size: int | None = MISSING  # processes that a preflight plans for
     train: Train = MISSING
     validation: Validation = MISSING
     optimizer: Optimizer = MISSING
