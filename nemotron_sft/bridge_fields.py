@@ -54,22 +54,36 @@ def _class_fields(module: str, cls: str) -> frozenset[str]:
             return frozenset(own.union(*(_class_fields(module, base) for base in bases)))
     for node in ast.walk(tree):  # not defined here: follow the import
         if isinstance(node, ast.ImportFrom) and node.module:
-            # The only relative imports on the way are those of a package's __init__.
-            source = f"{module}.{node.module}" if node.level else node.module
+            source = _absolute(module, node)
             for alias in node.names:
                 if (alias.asname or alias.name) == cls:
                     return _class_fields(source, alias.name)
     return frozenset()
 
 
-@functools.cache
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    """The module that an import names, also by dots: one for the package, one more for each level above it."""
+    if not node.level:
+        return node.module
+    file = _file(module)
+    parts = module.split(".")
+    above = node.level - 1 if file.name == "__init__.py" else node.level
+    return ".".join([*parts[: len(parts) - above], node.module])
+
+
 def _parse(module: str) -> ast.Module | None:
-    """The syntax tree of a module below the `megatron` namespace package, or None if it is not there."""
+    file = _file(module)
+    return ast.parse(file.read_text()) if file else None
+
+
+@functools.cache
+def _file(module: str) -> Path | None:
+    """The source of a module below the `megatron` namespace package, or None if it is not there."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top) if top == "megatron" else None
     for root in spec.submodule_search_locations if spec else ():
         path = Path(root, *rest)
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.is_file():
-                return ast.parse(file.read_text())
+                return file
     return None
