@@ -56,9 +56,9 @@ def register(config, source: str) -> None:
 
     root = Path(megatron.bridge.models.__path__[0])
     names = [name for name in config.architectures or () if isinstance(name, str)]
+    decorator = rf'^@\w+\.register_bridge\(\s*source="?({"|".join(map(re.escape, names))})\b'
     for file in sorted(root.rglob("*_bridge.py")):
-        text = file.read_text()
-        if any(re.search(rf"register_bridge\(\s*source=\"?{re.escape(name)}\b", text) for name in names):
+        if names and re.search(decorator, file.read_text(), flags=re.MULTILINE):
             module = file.relative_to(root).with_suffix("").as_posix().replace("/", ".")
             importlib.import_module(f"megatron.bridge.models.{module}")
             return
