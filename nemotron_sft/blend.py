@@ -53,6 +53,8 @@ def load_blend(blend: config.Blend) -> tuple[str, list[Dataset]]:
     repeated name.
     """
     name, entries, where = blend.name, blend.datasets, f"blend {blend.name}"
+    if not blend.path and not blend.datasets:
+        raise UserError("no blend: say blend.path=FILE with blend=file, or blend=NAME for one in conf/blend")
     if blend.path:
         path = Path(blend.path).expanduser()
         name, entries, where = (name or path.stem), _read(path), str(path)
@@ -98,9 +100,7 @@ def _dataset(entry: Any, where: str) -> Dataset:
             raise UserError(f"{where}: {f.name} is missing")
         wanted = dict if f.name == "filter" else (int, float) if f.name == "weight" else str
         if f.name in entry and (not isinstance(entry[f.name], wanted) or isinstance(entry[f.name], bool)):
-            raise UserError(
-                f"{where}: {f.name} must be a {'number' if f.name == 'weight' else wanted.__name__}"
-            )
+            raise UserError(f"{where}: {f.name} must be a {'number' if f.name == 'weight' else wanted.__name__}")
     dataset = Dataset(**entry)
     if not (math.isfinite(dataset.weight) and 0 <= dataset.weight <= 1000):
         raise UserError(f"{where}: weight is the number of passes, 0 to 1000, not {dataset.weight}")

@@ -127,7 +127,10 @@ def locked(directory: Path, shared: bool = False) -> Iterator[None]:
     """One preparation at a time in a directory, or any number of its shards. The lock goes with the process."""
     import fcntl
 
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {directory}: {os.strerror(error.errno).lower()}; set output_dir") from None
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

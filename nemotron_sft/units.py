@@ -355,7 +355,7 @@ def trusted(todo: Plan, characters: int = 100_000) -> Plan:
     reference = replace(todo.tokenizer, backend="tokenizers")
     for number in range(len(todo.datasets)):
         unit = next((unit for unit in todo.units if unit.dataset == number), None)
-        few = replace(todo, sample=200, drops_allowed=True)
+        few = replace(todo, sample=min(todo.sample or 200, 200), drops_allowed=True)
         batch = next(_Work(few, unit).batches(), None) if unit else None
         spans = [text for spans in batch.sequences for _, text in spans] if batch else []
         spans = spans[: np.searchsorted(np.cumsum([len(text) for text in spans]), characters) + 1]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub import COMMIT, serving
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,9 +238,7 @@ def test_sample_takes_the_first_of_each_and_its_own_place(configured, tmp_path, 
     rows = [chat(f"a{i}", "x") for i in range(1, 20, 2)] + [chat(f"b{i}", "x") for i in range(3)]
     assert unpacked(tmp_path / "out") == expected(rows)
     monkeypatch.chdir(tmp_path)
-    assert prep.plan(configured(entries, "sample=10", "output_dir=null")).directory == Path(
-        "output/data/mix-sample10"
-    )
+    assert prep.plan(configured(entries, "sample=10", "output_dir=null")).directory == Path("output/data/mix-sample10")
     assert prep.plan(configured(entries, "output_dir=null")).directory == Path("output/data/mix")
 
 
@@ -283,9 +282,7 @@ def test_split_rules(conversations, ratios, seed):
 def test_split_ratios_hold(seed):
     which = prep.assign_splits(np.arange(200_000, dtype=np.uint64), [0.9, 0.07, 0.03], seed)
     assert np.bincount(which) / 200_000 == pytest.approx([0.9, 0.07, 0.03], abs=0.003)
-    assert (
-        which != prep.assign_splits(np.arange(200_000, dtype=np.uint64), [0.9, 0.07, 0.03], seed + 1)
-    ).any()
+    assert (which != prep.assign_splits(np.arange(200_000, dtype=np.uint64), [0.9, 0.07, 0.03], seed + 1)).any()
 
 
 def test_empty_splits_have_no_file(configured, tmp_path):
@@ -315,9 +312,7 @@ def test_drops_are_counted_with_their_first_place(configured, tmp_path, monkeypa
         "no assistant turn": (1, f"{path}:42"),
     }
     assert mix["records_kept"] == 196
-    with pytest.raises(
-        UserError, match=rf"4 of 200 records dropped.*max_drop_ratio=0.01.*unknown role.*{path}:41"
-    ):
+    with pytest.raises(UserError, match=rf"4 of 200 records dropped.*max_drop_ratio=0.01.*unknown role.*{path}:41"):
         prep.run(configured(path, "max_drop_ratio=0.01", output="other"))
     assert not (tmp_path / "other/metadata.json").exists()
 
@@ -325,9 +320,7 @@ def test_drops_are_counted_with_their_first_place(configured, tmp_path, monkeypa
 def test_nothing_trained_counts_as_a_drop(configured, tmp_path):
     """A template that marks empty spans would otherwise give data without a single target."""
     template = tmp_path / "my.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
-    )
+    template.write_text("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}")
     path = jsonl(tmp_path / "a.jsonl", records(5))
     with pytest.raises(UserError, match=r"a\.jsonl"):
         prep.run(configured(path, "template=file", f"template.name={template}"))
@@ -384,9 +377,7 @@ def start(cfg, tmp_path, crash="", **options):
 
     (tmp_path / "cfg.pickle").write_bytes(pickle.dumps(cfg))
     command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "cfg.pickle"), crash]
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, **options
-    )
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, **options)
 
 
 @pytest.fixture
@@ -559,7 +550,7 @@ def test_nothing_to_train_on(configured, tmp_path):
 
 def test_unwritable_output(configured, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/out.*set output_dir"):
+    with pytest.raises(UserError, match=r"cannot create .*file/out.*set output_dir"):
         prep.run(configured(jsonl(tmp_path / "a.jsonl", records(3)), output="file/out"))
 
 
@@ -568,9 +559,7 @@ def test_disk_full(configured, tmp_path, kilobytes):
     """On a small tmpfs, at whatever stage it fills up; once there is room the rerun finishes."""
     out = tmp_path / "out"
     out.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(out)], capture_output=True
-    )
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(out)], capture_output=True)
     if mount.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
@@ -611,6 +600,20 @@ def test_command(tmp_path):
     assert bad.stderr.strip().splitlines() == [
         "error: no blend file nowhere.json: give an existing JSON or YAML file as blend.path=FILE"
     ]
+
+
+def test_hub_sample_fetches_no_more_than_it_needs(tmp_path):
+    rows = "".join(json.dumps(row) + "\n" for row in records(20)).encode()
+    (tmp_path / "mix.yaml").write_text("datasets: [{name: h, path: org/name, split: train}]")
+    with serving({"org/name": {f"train-{i}.jsonl": rows for i in range(3)}}) as server:
+        env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
+        done = command("blend=file", "blend.path=mix.yaml", "sample=25", "output_dir=out", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        fetched = {path.rpartition("/")[2] for method, path, _ in server.requests if "resolve" in path}
+    metadata = json.loads((tmp_path / "out/metadata.json").read_text())
+    assert metadata["blend"]["datasets"][0]["records_kept"] == 25
+    assert fetched == {"train-0.jsonl", "train-1.jsonl"}
+    assert metadata["inputs"][0]["path"] == f"hf://datasets/org/name@{COMMIT}/train-0.jsonl"
 
 
 @pytest.mark.parametrize("argument", ["--help", "--cfg=job"])

@@ -65,9 +65,7 @@ def test_formats(tmp_path, name):
     files = find(path)
     assert read_all(files) == RECORDS
     pieces = sources.pieces(files[0], 1000)
-    assert len(pieces) == {"a.parquet": 3, "array.json": 1}.get(
-        name, 1 if "z" in name else -(-len(JSONL) // 1000)
-    )
+    assert len(pieces) == {"a.parquet": 3, "array.json": 1}.get(name, 1 if "z" in name else -(-len(JSONL) // 1000))
     assert read_all(files, 1000) == RECORDS
     whole = list(sources.read(sources.whole(files[0]), ["messages", "n"]))
     assert [record for _, record in whole] == RECORDS
@@ -196,9 +194,7 @@ def in_fresh_process(code, server, home):
     setup = "from nemotron_sft import sources\nfrom nemotron_sft.blend import Dataset\n"
     setup += "from nemotron_sft.errors import UserError\n"
     env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", setup + code], env=env, capture_output=True, text=True, cwd=home
-    )
+    done = subprocess.run([sys.executable, "-c", setup + code], env=env, capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -218,9 +214,7 @@ def test_hub_download_resumes_and_is_cached(tmp_path):
         for _ in range(2):
             label = f"hf://datasets/org/name@{COMMIT}/data/chat_if.jsonl"
             assert in_fresh_process(code, server, tmp_path) == f"25000 {label}"
-        downloads = [
-            wanted for method, path, wanted in server.requests if method == "GET" and "chat_if" in path
-        ]
+        downloads = [wanted for method, path, wanted in server.requests if method == "GET" and "chat_if" in path]
         assert downloads == [None, f"bytes={20 << 20}-"], "one broken download, one resumed, then the cache"
         assert not any("other.jsonl" in path for _, path, _ in server.requests)
 
