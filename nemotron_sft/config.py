@@ -90,6 +90,22 @@ class Bridge:
     bridge: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Tracking:
+    """conf/tracking: Weights & Biases."""
+
+    mode: str = MISSING  # wandb | offline | disabled
+    project: str = MISSING
+    entity: str | None = MISSING
+    group: str | None = MISSING
+    name: str | None = MISSING
+    tags: list[str] = MISSING
+    base_url: str | None = MISSING
+    timeout: float = MISSING  # seconds
+    upload_mb: float = MISSING
+    digests: bool = MISSING
+
+
 # --- recipes/prep.py ---------------------------------------------------------------------------------------
 
 
@@ -156,6 +172,8 @@ class Prep:
     force: bool = MISSING
     inspect: str | None = MISSING
     pack: int = MISSING
+    tracking: Tracking = MISSING
+    lineage: str | None = MISSING  # a path whose record to print, instead of anything else
 
 
 # --- recipes/train.py --------------------------------------------------------------------------------------
@@ -259,4 +277,6 @@ class TrainConfig:
     logger: Logger = MISSING
     dist: Dist = MISSING
     heldout: Heldout = MISSING
+    tracking: Tracking = MISSING
+    lineage: str | None = MISSING  # a path whose record to print, instead of anything else
     cluster: dict[str, Any] = MISSING  # conf/cluster, see cluster.Slurm

@@ -304,7 +304,8 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         "max_drop_ratio": cfg.max_drop_ratio,
         "sample": cfg.sample,
         "seed": cfg.seed,
-        "inputs": [{"path": file.label, "bytes": file.bytes, "stamp": file.stamp} for file in todo.files],
+        "inputs": [{"dataset": todo.datasets[number].name, "path": file.label, "bytes": file.bytes, "stamp": file.stamp}
+                   for number, file in dict.fromkeys((u.dataset, p.file) for u in todo.units for p in u.pieces)],
         "code_version": __version__,
         "fingerprint": todo.fingerprint,
         "wall_seconds": round(seconds, 3),

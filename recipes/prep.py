@@ -8,15 +8,20 @@ from nemotron_sft.config import Prep, check
 
 def main(cfg: DictConfig) -> None:
     config = check(cfg, Prep)
-    from nemotron_sft import prep, report  # the first heavy import
+    from nemotron_sft import lineage, prep, report, tracking  # the first heavy import
 
+    if config.lineage:
+        lineage.show(config.lineage)
+        return
     if config.inspect:
         report.inspect(config.inspect, config.pack)
         return
     if config.shard is not None:
         print(prep.run_shard(config))
         return
+    tracking.check(config.tracking)
     metadata = prep.run(config)
+    tracking.record_data(config.tracking, cfg, metadata)
     report.print_report(metadata)
     directory = metadata["directory"]
     if metadata["unchanged"]:

@@ -6,6 +6,11 @@ from nemotron_sft.config import TrainConfig, check
 
 def main(cfg) -> None:
     config = check(cfg, TrainConfig)
+    if config.lineage:
+        from nemotron_sft import lineage
+
+        lineage.show(config.lineage)
+        return
     from nemotron_sft.megatron.run import train  # the first heavy import
 
     train(config, cfg)

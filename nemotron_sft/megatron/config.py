@@ -73,6 +73,9 @@ def build(config: TrainConfig, metadata: dict, data_dir: Path, run_dir: Path, wo
     container.logger.tensorboard_dir = str(run_dir / "tensorboard")
     container.logger.save_config_filepath = str(run_dir / "megatron.yaml")
     container.logger.filter_warnings = True
+    if any(key.startswith("wandb_") for key in config.logger.bridge):
+        raise UserError("logger.wandb_*: use tracking=wandb, with tracking.project, tracking.entity, tracking.name")
+    container.logger.wandb_project = None  # nemotron_sft.tracking says why
     return container
 
 

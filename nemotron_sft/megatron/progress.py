@@ -25,6 +25,7 @@ class Progress:
         self.test: float | None = None
         self.tokens = 0.0
         self._printed = -5.0
+        self.tracked = None  # tracking.Training
 
     def register(self, manager) -> None:
         for event in ("on_train_start", "on_train_step_end", "on_eval_end", "on_test_end"):
@@ -90,6 +91,7 @@ class Progress:
         if self._metrics:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
+            self.tracked.log(**values)
 
     def _line(self, text: str, done: bool) -> None:
         """On a terminal one line that rewrites itself, elsewhere a line at most every 5 s."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemotron_sft import lineage, tracking
 from nemotron_sft.app import STARTED
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
@@ -29,11 +30,11 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         metrics.jsonl    a line per logged step    loss.png      training and validation loss
         heldout.json     answers before and after  checkpoints/  Megatron checkpoints
         megatron.yaml    Bridge's full config      logs/         Megatron's own output, one file per rank
+        lineage.json     where all of it is from   wandb/        Weights & Biases' own files
 
     Raises UserError for what the user can mend.
     """
-    data_dir = find_data(config)
-    metadata = check_data(data_dir)
+    tracking.check(config.tracking)
     # Idle OpenMP threads sleep instead of spinning: 5 % slower on an idle machine, 10 times faster on a shared one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -44,6 +45,9 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
     on_cpu = not torch.cuda.is_available()
     if world_size > 1:
         torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+    tracking.resolve_names(config, rank, world_size)
+    data_dir = find_data(config)
+    metadata = check_data(data_dir, config.data.verify if rank == 0 else "sizes")
     run_dir = agree_on_run_dir(config, rank, world_size)
     if rank == 0:
         try:
@@ -80,7 +84,11 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         for observer in (heldout, progress):  # in this order: answering before training is no part of step 1
             observer.register(callbacks)
         run = pretrain if config.init_from == "random" and not config.checkpoint.load else finetune
-        with saving_on_sigterm(container, run_dir, rank, terminal):
+        with (
+            tracking.Training(config, composed, metadata, data_dir, run_dir, rank, terminal) as progress.tracked,
+            saving_on_sigterm(container, run_dir, rank, terminal),
+        ):
+            progress.tracked.register(callbacks)
             run(container, forward_step, callbacks=callbacks)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -100,8 +108,10 @@ def find_data(config: TrainConfig) -> Path:
     return committed[-1].parent
 
 
-def check_data(data_dir: Path) -> dict:
-    """The metadata of a prep output whose files are all there and whole."""
+def check_data(data_dir: Path, verify: str = "sizes") -> dict:
+    """The metadata of a prep output whose files are all there and whole; verify="full" reads every byte."""
+    if verify not in ("sizes", "full"):
+        raise UserError(f"data.verify={verify}: choose sizes or full")
     metadata = read_metadata(data_dir)
     if metadata["format_on_disk"] != "npy":
         raise UserError(
@@ -113,6 +123,8 @@ def check_data(data_dir: Path) -> dict:
             raise UserError(
                 f"{data_dir / facts['file']} does not hold the {facts['packs']} packs that metadata.json names"
             )
+    if verify == "full":
+        lineage.verify(data_dir, lineage.data_files(metadata))
     return metadata
 
 
