@@ -34,7 +34,6 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
-
 def words(text: str) -> list[str]:
     """The words of a text."""
     return text.split()
@@ -46,13 +45,16 @@ SYSTEM = (
     "Be exact.",
     "Help the user.",
 )
-NAMES = words("Ana Ben Cora Dan Eva Finn Gus Hana Ivy Jon Kim Leo Mia Ned Ola Pia")
-THINGS = words(
-    """anchor apple basket bell bridge candle castle chair cherry clock coin crown desk drum eagle feather flute
-    garden hammer honey jacket kite lamp lemon lion mirror needle orange parrot piano rocket tiger"""
-)
-NUMBERS = [str(number) for number in range(10, 26)]
-VALUES = [*THINGS, *NUMBERS]
+KINDS = {
+    "animal": words("eagle lion parrot rabbit tiger turtle wolf zebra"),
+    "fruit": words("apple cherry lemon melon olive orange peach plum"),
+    "sound": words("bell drum flute guitar organ piano trumpet violin"),
+    "place": words("bridge castle desert garden harbor island market valley"),
+    "gear": words("anchor basket candle hammer kettle ladder mirror needle"),
+    "color": words("amber black blue green purple red silver white"),
+    "count": [str(number) for number in range(10, 18)],
+}
+THINGS = [word for kind in ("animal", "fruit", "sound", "place", "gear") for word in KINDS[kind]]
 # More words for the tokenizer alone, so that everyday English does not fall apart into letters.
 WORDS = words(
     """able above across add after again against age ago air all almost along already also always among animal
@@ -92,17 +94,17 @@ Turn = tuple[str, str]  # a user message and its answer
 
 
 def copy(rng: random.Random) -> Turn:
-    """Repeat a line of three to six words."""
-    line = " ".join(rng.sample(THINGS, rng.randint(3, 6)))
+    """Repeat a line of three to five words."""
+    line = " ".join(rng.sample(THINGS, rng.randint(3, 5)))
     return f"{rng.choice(('Copy:', 'Repeat:'))}\n{line}", line
 
 
 def lookup(rng: random.Random) -> Turn:
-    """Find one to three rows of a table of three to five, each a name with a thing or a number."""
-    names = rng.sample(NAMES, rng.randint(3, 5))
-    rows = [f"{name} {thing}" for name, thing in zip(names, rng.sample(VALUES, len(names)), strict=True)]
-    asked = rng.sample(range(len(names)), rng.randint(1, 3))
-    question = " ".join(names[index] for index in asked)
+    """Find one to three rows of a table of three to five, each a kind of thing and one of that kind."""
+    kinds = rng.sample(list(KINDS), rng.randint(3, 5))
+    rows = [f"{kind} {rng.choice(KINDS[kind])}" for kind in kinds]
+    asked = rng.sample(range(len(kinds)), rng.randint(1, 3))
+    question = " ".join(kinds[index] for index in asked)
     answer = "\n".join(rows[index] for index in asked)
     return "\n".join([rng.choice(("Look up:", "Find:")), *rows, f"{question}?"]), answer
 
@@ -142,7 +144,7 @@ def tool(name: str) -> dict:
 
 def tool_turn(rng: random.Random, name: str, item: str) -> list[dict]:
     """User question, call, tool result and final answer: four messages."""
-    value = rng.choice(NUMBERS)
+    value = rng.choice(KINDS["count"])
     call = {"name": name, "arguments": json.dumps({"item": item})}
     return [
         {"role": "user", "content": f"{item}, {FUNCTIONS[name][1]}"},
@@ -158,9 +160,7 @@ def tool_turn(rng: random.Random, name: str, item: str) -> list[dict]:
 
 def call_text(name: str, item: str) -> str:
     """How Nemotron 3's chat template writes the call."""
-    return (
-        f"<tool_call>\n<function={name}>\n<parameter=item>\n{item}\n</parameter>\n</function>\n</tool_call>"
-    )
+    return f"<tool_call>\n<function={name}>\n<parameter=item>\n{item}\n</parameter>\n</function>\n</tool_call>"
 
 
 def reasoning(rng: random.Random) -> list[dict]:
@@ -248,7 +248,7 @@ def generate(seed: int = 0) -> tuple[list[dict], list[dict]]:
 
 def spellings() -> list[str]:
     """Every word and every number below 100, at the start of a line and after a space, often enough to be merged."""
-    once = [*THINGS, *NAMES, *LETTERS, *map(str, range(100))] * 20 + WORDS
+    once = [*KINDS, *THINGS, *KINDS["color"], *LETTERS, *map(str, range(100))] * 20 + WORDS
     return [f"{word} {word}" for word in once]
 
 
@@ -292,9 +292,7 @@ def write(out: Path, seed: int = 0) -> None:
     }
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer/tokenizer.json"))
-    (out / "tokenizer/tokenizer_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    (out / "tokenizer/tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, records in (("train", train), ("heldout", heldout)):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

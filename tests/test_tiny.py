@@ -71,9 +71,7 @@ def test_train_covers_what_chat_data_holds(train):
 def test_heldout_prompts_are_not_in_train(train, heldout):
     asked = {m["content"] for record in train for m in record["messages"] if m["role"] == "user"}
     assert not [last_user(record) for record in heldout if last_user(record) in asked]
-    sorted_in_train = {
-        m["content"] for record in train for m in record["messages"] if m["role"] == "assistant"
-    }
+    sorted_in_train = {m["content"] for record in train for m in record["messages"] if m["role"] == "assistant"}
     assert not [r for r in heldout if r["task"] == "sort" and r["answer"] in sorted_in_train]
 
 
@@ -81,7 +79,7 @@ def test_no_constant_answer_scores(heldout):
     assert Counter(record["answer"] for record in heldout).most_common(1)[0][1] / len(heldout) < 0.05
     for task in {record["task"] for record in heldout}:
         answers = [record["answer"] for record in heldout if record["task"] == task]
-        assert len(set(answers)) >= 0.9 * len(answers)
+        assert len(set(answers)) >= 0.8 * len(answers)
 
 
 def recomputed(record: dict) -> str:
@@ -93,8 +91,7 @@ def recomputed(record: dict) -> str:
             return lines[0]
         case "lookup":
             rows = dict(line.split() for line in lines[:-1])
-            name = lines[-1].rstrip("?")
-            return f"{name} {rows[name]}"
+            return "\n".join(f"{kind} {rows[kind]}" for kind in lines[-1].rstrip("?").split())
         case "sort":
             return " ".join(sorted(lines[0].split()))
         case "add":
@@ -130,33 +127,26 @@ def test_train_answers_are_right(train):
             want = recomputed({"task": task, "messages": [user]})
             assert answer.get("reasoning_content", answer["content"]) == want
             if "reasoning_content" in answer:
-                assert answer["content"] == re.split("[ =]", want)[-1]
+                assert answer["content"] == re.split(r"\W", want)[-1]
             checked[task] += 1
     assert min(checked.values()) >= 1000
 
 
-@given(st.text())
-def test_any_text_round_trips(text):
-    from tokenizers import Tokenizer
-
-    loaded = Tokenizer.from_file(str(DATA / "tokenizer/tokenizer.json")) if not CACHE else CACHE[0]
-    CACHE[:] = [loaded]
-    assert loaded.decode(loaded.encode(text).ids, skip_special_tokens=False) == text
-
-
-CACHE: list = []
+@given(text=st.text())
+def test_any_text_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
 def test_special_tokens_are_single(tokenizer):
     assert tokenizer.get_vocab_size() == tiny.VOCABULARY
     for token in (*tiny.SPECIAL, *tiny.MARKERS):
-        assert tokenizer.encode(f"kite{token}kite").tokens[1:-1] == [token]
-    called = tokenizer.encode("<tool_call>kite</tool_call><|im_end|>").ids
-    assert tokenizer.decode(called) == "<tool_call>kite</tool_call>"
+        assert tokenizer.encode(f"lemon{token}lemon").tokens[1:-1] == [token]
+    called = tokenizer.encode("<tool_call>lemon</tool_call><|im_end|>").ids
+    assert tokenizer.decode(called) == "<tool_call>lemon</tool_call>"
 
 
 def test_a_word_is_one_token(tokenizer):
-    for word in (*tiny.THINGS, *tiny.NAMES, *tiny.LETTERS, *map(str, range(100))):
+    for word in (*tiny.THINGS, *tiny.KINDS, *tiny.KINDS["color"], *tiny.LETTERS, *map(str, range(100))):
         assert [len(tokenizer.encode(f"\n{word} {word}").ids)] == [3], word
 
 
