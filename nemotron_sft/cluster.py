@@ -229,7 +229,8 @@ def script(app: str, slurm: Slurm, folder: Path, config: str, arguments: str = "
         srun.append(f"--cpus-per-task={slurm.cpus_per_task}")
     if image:
         here, base = Path.cwd(), Path(slurm.folder).absolute()
-        seen = dict.fromkeys([f"{here}:{here}", f"{base}:{base}", *slurm.container.mounts])
+        shared = [here] if base.is_relative_to(here) else [here, base]
+        seen = [*(f"{path}:{path}" for path in shared), *slurm.container.mounts]
         srun += [f"--container-image={image}", f"--container-mounts={','.join(seen)}", f"--container-workdir={here}"]
     extra = {"chdir": str(Path.cwd()), "requeue": True, **slurm.sbatch_args}
     return (
@@ -392,6 +393,7 @@ def announce(app: str, configs: list[DictConfig], scripts: list[Script], folder:
 # --- following ---------------------------------------------------------------------------------------------
 
 TICK, POLL = 0.5, 5.0  # seconds between looks at the files, and at the queue
+OVER = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 
 
 def follow(tasks: list[Task]) -> int:
@@ -463,7 +465,8 @@ def ask(tasks: list[Task], reason: str) -> str:
     queue = subprocess.run(["squeue", "-h", "-r", "-o", "%i %T %r", "-j", ids], capture_output=True, text=True)
     if queue.returncode and "Invalid job id" not in queue.stderr:
         return reason  # Slurm does not answer at the moment
-    states = {line.split()[0]: line.split(maxsplit=2)[1:] for line in queue.stdout.splitlines()}
+    lines = [line.split(maxsplit=2) for line in queue.stdout.splitlines()]
+    states = {line[0]: line[1:] for line in lines if line[1] not in OVER}
     for task in tasks:
         if task.id in states:
             task.missing = 0

@@ -1,0 +1,49 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-63%64
+#SBATCH --chdir=/shared/project
+#SBATCH --cpus-per-task=8
+#SBATCH --job-name=nano3-20260101-120000
+#SBATCH --mem=200G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/project/output/slurm/nano3-20260101-120000/%A_%a_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=1-00:00:00
+
+# setup
+export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+module load cuda/12.8
+job=/shared/project/output/slurm/nano3-20260101-120000/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+rm -f "$job".exit "$job"_stop "$job"_failure.txt
+trap : TERM # wait for the tasks, however they end
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/project/output/slurm/nano3-20260101-120000/%A_%a_%t_log.out --open-mode=append --kill-on-bad-exit=1 --cpus-per-task=8 /shared/venv/bin/python -u /shared/project/output/slurm/nano3-20260101-120000/code/prep.py --frozen /shared/project/output/slurm/nano3-20260101-120000/config-0.yaml --job "$job" shard=$SLURM_ARRAY_TASK_ID
+
+
+# teardown
+status=$?
+before=${SLURM_RESTART_COUNT:-0}
+stopped() {
+  [ -e "$job"_stop ] || { [ "$status" -gt 128 ] && [ "$status" -ne 143 ]; } || scontrol -o show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"
+}
+if [ "$status" -ne 0 ] && stopped; then
+  if [ "$before" -lt 10 ]; then
+    echo "stopped early; queued again ($((before + 1)) of 10 times)"
+    scontrol requeue "$SLURM_JOB_ID" && exit "$status"
+  fi
+  echo "error: stopped early, after $before times in the queue again (cluster.max_requeues)"
+elif [ "$status" -gt 128 ]; then
+  echo "error: a task was killed by signal $((status - 128)); srun names it above"
+elif [ "$status" -ne 0 ]; then
+  cat "$job"_failure.txt 2> /dev/null || echo "error: srun failed with status $status"
+fi
+echo "$status" > "$job".exit
+exit "$status"
