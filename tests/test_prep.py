@@ -135,6 +135,7 @@ def test_tiny_end_to_end(configured, tmp_path):
         assert (packs["input_ids"][padding] == on_disk["tokenizer"]["pad_id"]).all()
         assert not packs["loss_mask"][padding].any()
     assert sum(on_disk["lengths"]["counts"]) == mix["sequences"]
+    assert on_disk["splits"]["training"]["fill"] > 0.95
 
 
 def test_workers_and_unit_size_leave_no_trace(configured, tmp_path, monkeypatch):
