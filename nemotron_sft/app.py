@@ -43,7 +43,8 @@ def run(task: Callable, config_name: str) -> None:
         from nemotron_sft import cluster
 
         try:
-            cluster.here(cfg.cluster)
+            if "preflight" not in cfg or not cfg.preflight:  # which runs nothing, and so may run anywhere
+                cluster.here(cfg.cluster)
             task(cfg)
         except UserError as error:  # caught here, because Hydra would add a line of its own
             fail(str(error))

@@ -156,7 +156,7 @@ def _part(model, kind: str) -> Part:
         width = model.kv_channels or hidden // model.num_attention_heads
         heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
         parameters = norm + hidden * width * (heads + 2 * groups) + heads * width * hidden
-        parameters += 2 * width if model.qk_layernorm else 0
+        parameters += 2 * width * (norm // hidden) if model.qk_layernorm else 0
         parameters += width * (heads + 2 * groups) if model.add_qkv_bias or model.add_bias_linear else 0
         parameters += hidden if model.add_bias_linear else 0
         return Part(parameters, 0, parameters, saved + 2 * width * 2 * (heads + groups) / tensor)
@@ -172,7 +172,9 @@ def _part(model, kind: str) -> Part:
         parameters = norm + hidden * (inner + mixed + heads) + 5 * mixed + 3 * heads + inner + inner * hidden
         chunk = getattr(model, "mamba_chunk_size", 128) or 128
         states = 4 * inner * state / chunk  # fp32 state at the end of every chunk
-        return Part(parameters, 0, parameters, saved + (2 * (inner + mixed + heads + mixed + 2 * inner) + states) / tensor)
+        return Part(
+            parameters, 0, parameters, saved + (2 * (inner + mixed + heads + mixed + 2 * inner) + states) / tensor
+        )
     width, experts, top = _expert_width(model), model.num_moe_experts, model.moe_router_topk
     outer = model.moe_latent_size or hidden
     expert = matrices * outer * width
@@ -307,8 +309,8 @@ def describe(container, metadata: dict | None, world_size: int) -> dict[str, str
         f"experts over {model.expert_model_parallel_size}"
     )
     if estimate := memory(container, world_size):
-        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in estimate.items() if name != "total")
-        rows["memory per GPU"] = f"about {estimate['total'] / GIB:.1f} GiB ({shares})"
+        shares = ", ".join(f"{name} {size / GIB:.3g}" for name, size in estimate.items() if name != "total")
+        rows["memory per GPU"] = f"about {estimate['total'] / GIB:.3g} GiB ({shares})"
     accumulated = train.global_batch_size // (train.micro_batch_size * replicas)
     rows["step"] = (
         f"{train.global_batch_size} packs of {model.seq_length:,} tokens: {replicas} data-parallel ranks x "
@@ -318,7 +320,7 @@ def describe(container, metadata: dict | None, world_size: int) -> dict[str, str
     split = metadata["splits"]["training"] if metadata else None
     if split and split["packs"]:
         packs = train.train_iters * train.global_batch_size
-        rows["tokens"] = f"{packs * split['tokens'] / split['packs']:,.0f} of {split['tokens']:,} in the data"
+        rows["tokens"] = f"{packs * split['tokens'] / split['packs']:,.0f}; the data has {split['tokens']:,}"
         rows["epochs"] = f"{packs / split['packs']:.2f}"
     else:
         rows["tokens"] = f"at most {train.train_iters * train.global_batch_size * model.seq_length:,}; no data yet"
