@@ -76,7 +76,6 @@ class Slurm:
     wait: bool
     dry_run: bool
     folder: str
-    group: str | None
 
     @property
     def tasks(self) -> int:
@@ -169,7 +168,8 @@ def new_folder(parent: Path, name: str) -> Path:
 def freeze(app: str, cfg: DictConfig, name: str, index: int | None) -> None:
     """Settle here what a run would otherwise decide when it starts. `index`: of the job in a sweep."""
     OmegaConf.resolve(cfg)
-    cfg.cluster.group = cfg.cluster.group or name
+    if index is not None:
+        cfg.tracking.group = cfg.tracking.group or name  # the jobs of a sweep are shown together
     if app != "train":
         return
     if cfg.data.path == "latest":
@@ -393,7 +393,17 @@ def announce(app: str, configs: list[DictConfig], scripts: list[Script], folder:
 # --- following ---------------------------------------------------------------------------------------------
 
 TICK, POLL = 0.5, 5.0  # seconds between looks at the files, and at the queue
-OVER = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+OVER = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
 
 
 def follow(tasks: list[Task]) -> int:

@@ -82,7 +82,8 @@ def failed(job: str, rank: int, text: str, status: int) -> None:
     try:
         os.link(own, f"{job}_failure.txt")
     except FileExistsError:
-        print(f"rank {rank} failed too: {text.strip().splitlines()[-1]} ({own})", flush=True)
+        if Path(f"{job}_failure.txt").read_text() != text:
+            print(f"rank {rank} failed too: {text.strip().splitlines()[-1]} ({own})", flush=True)
     with contextlib.suppress(Exception):
         sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)  # no clean-up that might wait for other ranks; Slurm ends them when this one is gone

@@ -171,7 +171,7 @@ def prepared(output, *overrides):
 
 @pytest.mark.parametrize("shard", [-1, 3])
 def test_a_shard_that_is_none(tmp_path, shard):
-    with pytest.raises(UserError, match="is not one of the 3 shards: take 0 .. 2"):
+    with pytest.raises(UserError, match=r"is not one of the 3 shards: take 0 \.\. 2"):
         prep.run_shard(prepared(tmp_path, "shards=3", f"shard={shard}"))
 
 

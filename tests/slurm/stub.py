@@ -18,7 +18,7 @@ def main(cfg):
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, rank)
     if rank == 0:
-        print(f"ranks {ranks} lr {cfg.optimizer.lr} group {cfg.cluster.group}", flush=True)
+        print(f"ranks {ranks} lr {cfg.optimizer.lr} group {cfg.tracking.group}", flush=True)
     if cfg.name == f"raise{rank}":
         time.sleep(0.5)
         raise ValueError(f"rank {rank} is broken")
