@@ -1,22 +1,23 @@
 """Prep speed against the ways people prepare chat data today, on real text, per core.
 
-    python bench/prep.py [repeats=3] [megabytes=24] [work=output/bench] [out=bench/prep.json]
+    python bench/prep.py [repeats=3] [megabytes=96] [large=800] [work=output/bench] [out=bench/prep.json]
 
-Two corpora: short multi-turn chats (the chitchat-dataset package, `pip install chitchat-dataset`) and long answers
-(Python sources and docstrings of the packages installed here). The tokenizer has 131,072 entries: the tekken
-vocabulary that mistral-common ships, as a tokenizer.json.
+Two corpora: short multi-turn chats (the chitchat-dataset package, fetched from PyPI into `work`) and long answers
+(Python sources of the packages installed here). The tokenizer has 131,072 entries: the tekken vocabulary that
+mistral-common ships, as a tokenizer.json.
 
 The runners, each in a process of its own with one thread, taking turns so that a noisy machine disturbs all alike:
 
-    prep       recipes/prep.py's whole work, workers=1: JSONL -> template -> tokens -> split -> packs -> .npy, report,
-               commit; loading the tokenizer included
+    prep       recipes/prep.py's whole work with workers=1: JSONL -> template -> tokens -> split -> packs -> .npy,
+               report and commit; loading the tokenizer included
     prefixes   the straightforward exact path, as Nemotron's own recipe does it: render the conversation up to every
                message with apply_chat_template, encode what that added; no packing, no writing, loading not counted
     template   datasets.map over transformers' apply_chat_template(tokenize=True): no loss mask, no packing
     encode     tokenizers' encode_batch_fast on text that is rendered already: what tokenization alone costs
 
 Rates are tokens per second of CPU time, which other programs on the machine disturb least; the slow runners get the
-beginning of the corpus. Two workers against one is measured by the clock and needs two idle cores.
+beginning of the corpus. Two workers against one is measured by the clock, on `large` megabytes (0 leaves it out),
+and needs two idle cores.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"prep": 1.0, "prefixes": 0.02, "template": 0.1, "encode": 0.1}  # of the corpus that a runner gets
-PREFIXES_SHORT = 0.005
+CHARACTERS = {"prefixes": 1_000_000, "template": 4_000_000, "encode": 8_000_000}  # JSONL that the slow runners get
 TARGETS = {
     "short": {"prefixes": 60, "template": 8, "encode": 2},
     "long": {"prefixes": 10, "template": 8, "encode": 4},
@@ -43,8 +43,13 @@ TARGETS = {
 # --- corpora and tokenizer ---------------------------------------------------------------------------------
 
 
-def short_chats() -> Iterator[dict]:
+def short_chats(work: Path) -> Iterator[dict]:
     """Conversations of two people, one of them as the assistant."""
+    packages = work / "packages"
+    if not packages.exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--target", str(packages), "chitchat-dataset"], check=True)
+    sys.path.append(str(packages))
     from chitchat_dataset import Dataset
 
     for conversation in Dataset().values():
@@ -128,17 +133,19 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def prep_config(work: Path, corpus: str, workers: int):
-    """What `recipes/prep.py blend=file ...` would compose, without Hydra's time."""
-    from nemotron_sft import config
+    """What `recipes/prep.py blend=file ...` composes."""
+    from hydra import compose, initialize_config_dir
 
-    return config.Prep(
-        blend=config.Blend(name=corpus, path=None, datasets=[{"name": corpus, "path": str(work / f"{corpus}.jsonl")}]),
-        tokenizer=config.Tokenizer(model=str(work / "tokenizer")),
-        template=config.Template("nano3", "assistant", "truncate", False, True, None),
-        pack_size=4096, over_long="truncate", split=config.Split(0.98, 0.01, 0.01),
-        messages_field="messages", tools_field="tools", max_drop_ratio=0.0, sample=None, seed=1234, format="npy",
-        output_dir=str(work / f"packs-{corpus}-{workers}"), workers=workers, force=True, inspect=None, pack=0,
-    )  # fmt: skip
+    from nemotron_sft import app, config
+
+    blend = work / f"{corpus}.json"
+    blend.write_text(json.dumps({"datasets": [{"name": corpus, "path": str((work / f"{corpus}.jsonl").resolve())}]}))
+    with initialize_config_dir(str(app.CONF), version_base="1.3"):
+        settings = {
+            "blend": "file", "++blend.path": blend, "++tokenizer.model": work / "tokenizer", "workers": workers,
+            "output_dir": work / f"packs-{corpus}-{workers}", "force": "true",
+        }  # fmt: skip
+        return config.check(compose("prep", [f"{key}={value}" for key, value in settings.items()]), config.Prep)
 
 
 def run_prep(work: Path, corpus: str, workers: int = 1) -> tuple[int, float, float]:
@@ -151,8 +158,8 @@ def run_prep(work: Path, corpus: str, workers: int = 1) -> tuple[int, float, flo
     return tokens, cpu_seconds() - cpu, time.perf_counter() - wall
 
 
-def run_prefixes(work: Path, corpus: str, share: float) -> tuple[int, float, float]:
-    tokenizer, lines = transformers_tokenizer(work), beginning(work, corpus, share)
+def run_prefixes(work: Path, corpus: str) -> tuple[int, float, float]:
+    tokenizer, lines = transformers_tokenizer(work), beginning(work, corpus, CHARACTERS["prefixes"])
     tokens, wall, cpu = 0, time.perf_counter(), cpu_seconds()
     for line in lines:
         messages = json.loads(line)["messages"]
@@ -172,13 +179,13 @@ def run_prefixes(work: Path, corpus: str, share: float) -> tuple[int, float, flo
     return tokens, cpu_seconds() - cpu, time.perf_counter() - wall
 
 
-def run_template(work: Path, corpus: str, share: float) -> tuple[int, float, float]:
+def run_template(work: Path, corpus: str) -> tuple[int, float, float]:
     import datasets
 
     datasets.disable_progress_bars()
     datasets.disable_caching()
     tokenizer = transformers_tokenizer(work)
-    lines = beginning(work, corpus, share)
+    lines = beginning(work, corpus, CHARACTERS["template"])
     data = datasets.Dataset.from_list([json.loads(line) for line in lines])
 
     def encode(row):
@@ -191,13 +198,13 @@ def run_template(work: Path, corpus: str, share: float) -> tuple[int, float, flo
     return sum(map(len, done["input_ids"])), cpu, wall
 
 
-def run_encode(work: Path, corpus: str, share: float) -> tuple[int, float, float]:
+def run_encode(work: Path, corpus: str) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
     from nemotron_sft.chat import load_template
 
     tokenizer, template = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json")), load_template("nano3")
-    texts = [template.render(json.loads(line)["messages"]) for line in beginning(work, corpus, share)]
+    texts = [template.render(json.loads(line)["messages"]) for line in beginning(work, corpus, CHARACTERS["encode"])]
     tokens, wall, cpu = 0, time.perf_counter(), cpu_seconds()
     for first in range(0, len(texts), 1000):
         for encoding in tokenizer.encode_batch_fast(texts[first : first + 1000], add_special_tokens=False):
@@ -213,9 +220,9 @@ def transformers_tokenizer(work: Path):
     return tokenizer
 
 
-def beginning(work: Path, corpus: str, share: float) -> list[bytes]:
-    lines = (work / f"{corpus}.jsonl").read_bytes().splitlines()
-    return lines[: max(1, int(len(lines) * share))]
+def beginning(work: Path, corpus: str, size: int) -> list[bytes]:
+    with open(work / f"{corpus}.jsonl", "rb") as file:
+        return file.readlines(size)
 
 
 def cpu_seconds() -> float:
@@ -246,62 +253,67 @@ def measure(work: Path, runner: str, corpus: str, workers: int = 1) -> dict:
 
 
 def child(work: Path, runner: str, corpus: str, workers: int) -> None:
-    sys.path.insert(0, str(ROOT))
     if runner == "prep":
         print(json.dumps(run_prep(work, corpus, workers)))
     else:
-        share = PREFIXES_SHORT if (runner, corpus) == ("prefixes", "short") else PARTS[runner]
-        print(json.dumps(globals()[f"run_{runner}"](work, corpus, share)))
+        print(json.dumps(globals()[f"run_{runner}"](work, corpus)))
 
 
-def main(repeats: int = 3, megabytes: float = 24, work: str = "output/bench", out: str | None = None) -> None:
-    sys.path.insert(0, str(ROOT))
+def make_inputs(work: Path, megabytes: dict[str, float]) -> None:
+    """The tokenizer, and every corpus in every size asked for, unless they are there."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "tokenizer/tokenizer.json").exists():
+        write_tokenizer(work / "tokenizer")
+    for corpus, size in megabytes.items():
+        path = work / f"{corpus}.jsonl"
+        if not path.exists() or abs(path.stat().st_size / (size * 1e6) - 1) > 0.1:
+            write_corpus(path, short_chats(work) if "short" in corpus else long_answers(), int(size * 1e6))
+
+
+def main(
+    repeats: int = 3, megabytes: float = 96, large: float = 800, work: str = "output/bench", out: str | None = None
+) -> None:
     from nemotron_sft.console import table
 
     folder = Path(work)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "tokenizer/tokenizer.json").exists():
-        write_tokenizer(folder / "tokenizer")
-    for corpus, rows in (("short", short_chats), ("long", long_answers)):
-        path = folder / f"{corpus}.jsonl"
-        if not path.exists() or abs(path.stat().st_size / (megabytes * 1e6) - 1) > 0.1:
-            write_corpus(path, rows(), int(megabytes * 1e6))
-
+    sizes = {"short": megabytes, "long": megabytes}
+    make_inputs(folder, sizes | ({"large-short": large, "large-long": large} if large else {}))
     runs: dict[str, list[dict]] = {}
     for _ in range(repeats):
         for corpus in TARGETS:
-            for runner in PARTS:
+            for runner in ("prep", *CHARACTERS):
                 runs.setdefault(f"{corpus} {runner}", []).append(measure(folder, runner, corpus))
-            runs.setdefault(f"{corpus} prep2", []).append(measure(folder, "prep", corpus, workers=2))
+            for workers in (1, 2) if large else ():
+                run = measure(folder, "prep", f"large-{corpus}", workers)
+                runs.setdefault(f"{corpus} {workers} workers", []).append(run)
 
     rate = {name: statistics.median(run["rate"] for run in group) for name, group in runs.items()}
     wall = {name: statistics.median(run["wall"] for run in group) for name, group in runs.items()}
     ratios, rows = {}, []
     for corpus, targets in TARGETS.items():
+        ours = rate[f"{corpus} prep"]
         for runner, target in targets.items():
-            ratios[f"{corpus} {runner}"] = ratio = rate[f"{corpus} prep"] / rate[f"{corpus} {runner}"]
-            rows.append((corpus, runner, f"{rate[f'{corpus} {runner}']:,.0f}", f"{rate[f'{corpus} prep']:,.0f}",
-                         f"{ratio:.1f}x", f"{target}x"))  # fmt: skip
-        ratios[f"{corpus} workers"] = ratio = wall[f"{corpus} prep"] / wall[f"{corpus} prep2"]
-        rows.append((corpus, "1 worker (wall clock)", f"{wall[f'{corpus} prep']:.1f} s",
-                     f"{wall[f'{corpus} prep2']:.1f} s", f"{ratio:.2f}x", "1.8x"))  # fmt: skip
-    table(
-        f"Whole prep, tokens per CPU second, median of {repeats}",
-        ["corpus", "against", "theirs", "ours", "ratio", "target"],
-        rows,
-    )
+            theirs = rate[f"{corpus} {runner}"]
+            ratios[f"{corpus} {runner}"] = ours / theirs
+            rows.append((corpus, runner, f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.1f}x", f"{target}x"))
+        if large:
+            one, two = wall[f"{corpus} 1 workers"], wall[f"{corpus} 2 workers"]
+            ratios[f"{corpus} workers"] = one / two
+            rows.append((corpus, "1 worker, by the clock", f"{one:.1f} s", f"{two:.1f} s", f"{one / two:.2f}x", "1.8x"))
+    title = f"Whole prep, tokens per CPU second, median of {repeats}"
+    table(title, ["corpus", "against", "theirs", "ours", "ratio", "target"], rows)
     report = {"ratios": {name: round(value, 2) for name, value in ratios.items()}, "runs": runs}
-    text = json.dumps(report, indent=2)
     if out:
-        Path(out).write_text(text + "\n")
+        Path(out).write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["ratios"], indent=2))
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     work = options.pop("work", "output/bench")
     if "runner" in options:
         child(Path(work), options["runner"], options["corpus"], int(options["workers"]))
     else:
-        casts = {"repeats": int, "megabytes": float, "out": str}
+        casts = {"repeats": int, "megabytes": float, "large": float, "out": str}
         main(work=work, **{key: casts[key](value) for key, value in options.items()})
