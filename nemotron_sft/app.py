@@ -70,9 +70,10 @@ def open_key(argument: str) -> str:
     """`a.b=1` becomes `++a.b=1`, so that Hydra lets every dotted key pass and config.check judges them all.
 
     Hydra itself knows only the keys spelled out in conf/; Megatron-Bridge has hundreds more. `data=PATH` is
-    short for `data.path=PATH`, and `prep.shards=N` the same as `shards=N`.
+    short for `data.path=PATH`, `export=RUN_DIR` for `export.run=RUN_DIR`, and `prep.shards=N` the same as `shards=N`.
     """
     argument = re.sub(r"^data=", "data.path=", argument)
+    argument = re.sub(r"^export=", "export.run=", argument)
     argument = re.sub(r"^prep\.shards=", "shards=", argument)
     return f"++{argument}" if re.match(r"(?!hydra\.)[a-z_]\w*(\.\w+)+=", argument) else argument
 

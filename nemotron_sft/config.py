@@ -249,6 +249,13 @@ class Dist(Bridge):
 
 
 @dataclass
+class Export:
+    hf: bool = MISSING  # after training
+    run: str | None = MISSING  # a run directory to export, instead of training
+    path: str | None = MISSING
+
+
+@dataclass
 class Heldout:
     path: str | None = MISSING
     samples: int = MISSING
@@ -266,6 +273,8 @@ class TrainConfig:
     run_dir: str | None = MISSING
     output_dir: str = MISSING
     seed: int = MISSING
+    precision: str | None = MISSING  # bf16 | fp8
+    profile: bool = MISSING
     preflight: bool = MISSING
     world_size: int | None = MISSING  # processes that a preflight plans for
     train: Train = MISSING
@@ -277,6 +286,7 @@ class TrainConfig:
     logger: Logger = MISSING
     dist: Dist = MISSING
     heldout: Heldout = MISSING
+    export: Export = MISSING
     tracking: Tracking = MISSING
     lineage: str | None = MISSING  # a path whose record to print, instead of anything else
     cluster: dict[str, Any] = MISSING  # conf/cluster, see cluster.Slurm

@@ -94,5 +94,31 @@ def auto_bridge(source: str):
         return AutoBridge.from_hf_pretrained(source)
 
 
+def bridge_for(model):
+    """An AutoBridge for a model that no Hugging Face directory describes, from its own configuration.
+
+    Decoders with RMSNorm, rotary positions, gated feed-forward layers and no biases are Llama to transformers, or
+    Qwen3 where queries and keys are normalised. Raises UserError for any other.
+    """
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+    plain = (
+        model.normalization == "RMSNorm"
+        and model.position_embedding_type == "rope"
+        and model.gated_linear_unit
+        and not (model.add_bias_linear or model.add_qkv_bias or model.num_moe_experts)
+        and not getattr(model, "hybrid_layer_pattern", None)
+    )
+    if not plain:
+        raise UserError("transformers has no architecture for this model: name one with model.hf")
+    if model.qk_layernorm:
+        from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge as Family
+        from transformers import Qwen3Config as Config
+    else:
+        from megatron.bridge.models.llama.llama_bridge import LlamaBridge as Family
+        from transformers import LlamaConfig as Config
+    return AutoBridge.from_hf_config(Config(**Family.megatron_to_hf_config(model)))
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,6 +12,7 @@ import importlib.util
 import os
 from types import SimpleNamespace
 
+from nemotron_sft.errors import UserError
 from nemotron_sft.megatron.slim import placeholder
 
 CUDA_ONLY = ("transformer_engine", "nvidia_resiliency_ext")
@@ -35,12 +36,12 @@ def use_cpu() -> None:
     for name in CUDA_ONLY:
         if importlib.util.find_spec(name) is None:
             placeholder(name)
-    _skip_helper_build()
+    skip_helper_build()
     _accept_packed_attention()
     _vectorise_packed_rope()
 
 
-def _skip_helper_build() -> None:
+def skip_helper_build() -> None:
     """Bridge runs `make` for core's dataset index helpers, but core's wheel ships them built, without a Makefile."""
     import megatron.bridge.training.initialize as initialize
     import megatron.core.datasets.utils as core_utils
@@ -187,21 +188,37 @@ def _redirect_cuda() -> None:
 def adapt(container) -> None:
     """Turn off in a ConfigContainer what needs a GPU: NCCL, mixed precision, fused kernels, distributed optimizer."""
     import torch
-    from megatron.bridge.models.gpt_provider import local_layer_spec
 
-    model = container.model
     container.dist.distributed_backend = "gloo"
     container.dist.disable_jit_fuser = True
     container.mixed_precision = container.comm_overlap = None
     container.optimizer.use_distributed_optimizer = container.ddp.use_distributed_optimizer = False
-    container.optimizer.bf16 = container.optimizer.fp16 = model.bf16 = model.fp16 = False
-    model.params_dtype = container.optimizer.params_dtype = torch.float32
+    container.optimizer.use_precision_aware_optimizer = False
+    container.optimizer.bf16 = container.optimizer.fp16 = False
+    container.optimizer.params_dtype = torch.float32
+    container.checkpoint.async_save = False
+    container.checkpoint.use_persistent_ckpt_worker = False
+    adapt_model(container.model)
+
+
+def adapt_model(model) -> None:
+    """The same for a model provider alone: core's own layers, in fp32, with nothing fused."""
+    import torch
+    from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+
+    if model.context_parallel_size > 1:
+        raise UserError(
+            "context parallelism needs Transformer Engine's attention, and so a GPU: set model.context_parallel_size=1"
+        )
+    if not isinstance(model, GPTModelProvider):
+        raise UserError("Mamba layers need a GPU: on the CPU choose a model without them, such as llama32_1b")
+    model.bf16 = model.fp16 = False
+    model.params_dtype = torch.float32
     for fusion in vars(model):
         if fusion.endswith("_fusion"):
             setattr(model, fusion, False)
+    model.persist_layer_norm = False
     model.transformer_layer_spec = local_layer_spec
-    container.checkpoint.async_save = False
-    container.checkpoint.use_persistent_ckpt_worker = False
 
 
 # --- packed attention ------------------------------------------------------------------------------------

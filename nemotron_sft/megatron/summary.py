@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 from nemotron_sft import heldout
 from nemotron_sft.config import TrainConfig
+from nemotron_sft.megatron.checkpoint import newest_iteration, trained_model
 
 
 class Heldout:
@@ -17,9 +17,7 @@ class Heldout:
     def __init__(self, config: TrainConfig, metadata: dict, run_dir: Path, rank: int):
         self.config, self.rank = config.heldout, rank
         self.file = run_dir / "heldout.json"
-        self.prompts = (
-            heldout.load_prompts(Path(config.heldout.path), metadata) if config.heldout.path else None
-        )
+        self.prompts = heldout.load_prompts(Path(config.heldout.path), metadata) if config.heldout.path else None
         self.scores: dict[str, float] = {}
         self.answers: dict[str, list[str]] = {}
         if self.file.exists():  # resumed: the score from before the first start is the one to compare with
@@ -38,17 +36,8 @@ class Heldout:
         """Load the newest checkpoint into a fresh model and score it."""
         if not self.prompts:
             return
-        from megatron.bridge.training.model_load_save import (
-            load_megatron_model,
-            temporary_distributed_context,
-        )
-
-        for name in ("MASTER_ADDR", "MASTER_PORT"):  # one process from here on, also under torchrun
-            os.environ.pop(name, None)
-        newest = max(checkpoints.glob("iter_*"), key=lambda path: int(path.name.removeprefix("iter_")))
-        with temporary_distributed_context("gloo" if on_cpu else "nccl"):
-            model = load_megatron_model(str(newest), use_cpu_init=on_cpu, skip_temp_dist_context=True)
-            self._score("after", model[0] if isinstance(model, list) else model)
+        with trained_model(newest_iteration(checkpoints), on_cpu) as model:
+            self._score("after", model)
 
     def _score(self, when: str, model) -> None:
         answers = heldout.answer(self.prompts, model, self.config.max_new_tokens)
@@ -97,13 +86,9 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
         for column in ("question", "right answer", "before", "after"):
             examples.add_column(column, overflow="fold")
         records = scores.prompts.records
-        for i in range(0, len(records), max(1, len(records) // scores.config.samples))[
-            : scores.config.samples
-        ]:
+        for i in range(0, len(records), max(1, len(records) // scores.config.samples))[: scores.config.samples]:
             before, after = (scores.answers[when][i] for when in ("before", "after"))
-            examples.add_row(
-                records[i]["messages"][-1]["content"], records[i]["answer"], before[:80], after[:80]
-            )
+            examples.add_row(records[i]["messages"][-1]["content"], records[i]["answer"], before[:80], after[:80])
         out.print(examples)
     draw(run_dir)
 
