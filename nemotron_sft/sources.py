@@ -113,9 +113,7 @@ def _glob(path: Path) -> list[Path]:
 
 def _local(path: Path) -> File:
     if not _is_data(path.name):
-        raise UserError(
-            f"{path}: not a data file; known are {' '.join(FORMATS)}, also with {' '.join(PACKED)}"
-        )
+        raise UserError(f"{path}: not a data file; known are {' '.join(FORMATS)}, also with {' '.join(PACKED)}")
     stat = path.stat()
     return File(str(path), str(path), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
 
@@ -155,9 +153,7 @@ def _remote(dataset: Dataset) -> list[File]:
     files = []
     for info in sorted(infos, key=lambda info: info["name"]):
         url = fs.unstrip_protocol(info["name"])
-        changes = [
-            info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime")
-        ]
+        changes = [info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime")]
         stamp = "-".join(str(value) for value in (info.get("size"), *changes) if value is not None)
         files.append(File(url, url, info.get("size") or 0, stamp))
     return files
@@ -191,9 +187,7 @@ def _hub(dataset: Dataset, download: bool) -> list[File]:
             patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in chosen]
             hub.snapshot_download(repo, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{where}: neither a path here nor a data set on {_endpoint()} (or it needs a login)"
-        ) from None
+        raise UserError(f"{where}: neither a path here nor a data set on {_endpoint()} (or it needs a login)") from None
     except RevisionNotFoundError:
         raise UserError(f"{where}: no revision {dataset.revision} on {_endpoint()}") from None
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -239,8 +233,7 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
     data = [name for name in names if _is_data(name) and not name.startswith(".")]
     words = [word for word in (dataset.subset, dataset.split) if word]
     parts = [
-        (config, split, [n for n in data if any(fnmatch(n, g) for g in globs)])
-        for config, split, globs in _parts(card)
+        (config, split, [n for n in data if any(fnmatch(n, g) for g in globs)]) for config, split, globs in _parts(card)
     ]
     parts = [(config, split, files) for config, split, files in parts if files]
     chosen = [part for part in parts if all(word in part[:2] for word in words)]
@@ -289,9 +282,7 @@ def _default(card: dict) -> str:
 
 
 def _ambiguous(dataset: Dataset, what: str, choices: set[str]):
-    raise UserError(
-        f"data set {dataset.name}: say which {what} of {dataset.path}: {', '.join(sorted(choices))}"
-    )
+    raise UserError(f"data set {dataset.name}: say which {what} of {dataset.path}: {', '.join(sorted(choices))}")
 
 
 # --- reading -----------------------------------------------------------------------------------------------
@@ -307,9 +298,7 @@ def pieces(file: File, piece_bytes: int) -> list[Piece]:
     if file.packed or (file.format == ".json" and _is_array(file)):
         return [Piece(file, 0, -1, file.bytes)]
     starts = range(0, file.bytes, piece_bytes)
-    return [
-        Piece(file, s, min(s + piece_bytes, file.bytes), min(piece_bytes, file.bytes - s)) for s in starts
-    ]
+    return [Piece(file, s, min(s + piece_bytes, file.bytes), min(piece_bytes, file.bytes - s)) for s in starts]
 
 
 def whole(file: File) -> Piece:
@@ -387,9 +376,7 @@ def _lines(piece: Piece) -> Iterator[tuple[int, dict]]:
                 except orjson.JSONDecodeError as error:
                     record = _after_mark(line, position) or _malformed(piece.file, position, line, error)
                 if type(record) is not dict:
-                    raise UserError(
-                        f"{locate(piece.file, position)}: a {type(record).__name__}, not a JSON object"
-                    )
+                    raise UserError(f"{locate(piece.file, position)}: a {type(record).__name__}, not a JSON object")
                 yield position, record
             position += len(line) if by_bytes else 1
 
