@@ -21,6 +21,7 @@ SECTIONS = {
     "optimizer": (("megatron.bridge.training.config", "OptimizerConfig"),),
     "scheduler": (("megatron.bridge.training.config", "SchedulerConfig"),),
     "checkpoint": (("megatron.bridge.training.config", "CheckpointConfig"),),
+    "peft": (("megatron.bridge.peft.lora", "LoRA"),),
     "ddp": (("megatron.bridge.training.config", "DistributedDataParallelConfig"),),
     "logger": (("megatron.bridge.training.config", "LoggerConfig"),),
     "dist": (("megatron.bridge.training.config", "DistributedInitConfig"),),

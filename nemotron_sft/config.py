@@ -249,6 +249,13 @@ class Dist(Bridge):
 
 
 @dataclass
+class Peft(Bridge):
+    """conf/peft: what is trained instead of all parameters."""
+
+    scheme: str | None = MISSING  # null | lora
+
+
+@dataclass
 class Export:
     hf: bool = MISSING  # after training
     run: str | None = MISSING  # a run directory to export, instead of training
@@ -282,6 +289,7 @@ class TrainConfig:
     optimizer: Optimizer = MISSING
     scheduler: Scheduler = MISSING
     checkpoint: Checkpoint = MISSING
+    peft: Peft = MISSING
     ddp: Ddp = MISSING
     logger: Logger = MISSING
     dist: Dist = MISSING

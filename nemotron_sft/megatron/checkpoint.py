@@ -7,6 +7,7 @@ training model, each rank its own part, so no converted copy lies about that cou
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -73,16 +74,32 @@ def convert(model, init_from: str, checkpoints: Path, on_cpu: bool) -> None:
     """
     if not is_hf(init_from):
         raise UserError("train.train_iters=0 converts Hugging Face weights: set init_from to a directory or hub id")
-    from megatron.bridge.training.model_load_save import save_megatron_model, temporary_distributed_context
+    from megatron.bridge.training.model_load_save import save_megatron_model
 
+    with alone(on_cpu):
+        save_megatron_model(_with_hf_weights(model, init_from, on_cpu), str(checkpoints))
+
+
+@contextlib.contextmanager
+def alone(on_cpu: bool) -> Iterator[None]:
+    """Megatron's distributed set-up for this process alone, also under torchrun."""
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    with temporary_distributed_context("gloo" if on_cpu else "nccl"):
+        yield
+
+
+def _with_hf_weights(model, directory: str, on_cpu: bool) -> list:
+    """Build a model provider's model and fill it from a Hugging Face directory."""
     from nemotron_sft.megatron import hf
 
-    with temporary_distributed_context("gloo" if on_cpu else "nccl"):
-        model.finalize()
-        model.perform_initialization = False
-        built = model.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
-        hf.auto_bridge(init_from).load_hf_weights(built)
-        save_megatron_model(built, str(checkpoints))
+    model.perform_initialization = False
+    model.finalize()
+    built = model.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
+    hf.auto_bridge(directory).load_hf_weights(built)
+    return built
 
 
 # --- a trained model in memory -------------------------------------------------------------------------------
@@ -90,14 +107,50 @@ def convert(model, init_from: str, checkpoints: Path, on_cpu: bool) -> None:
 
 @contextlib.contextmanager
 def trained_model(iteration: Path, on_cpu: bool) -> Iterator:
-    """The Megatron model of a checkpoint directory iter_*, in a distributed set-up of this process alone."""
-    from megatron.bridge.training.model_load_save import load_megatron_model, temporary_distributed_context
+    """The Megatron model of a checkpoint directory iter_*, adapters in place, in a set-up of this process alone."""
+    from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 
-    for name in ("MASTER_ADDR", "MASTER_PORT"):  # one process from here on, also under torchrun
-        os.environ.pop(name, None)
-    with temporary_distributed_context("gloo" if on_cpu else "nccl"):
-        model = load_megatron_model(str(iteration), use_cpu_init=on_cpu, skip_temp_dist_context=True)
-        yield (model[0] if isinstance(model, list) else model).eval()
+    run = read_run_config(str(iteration / "run_config.yaml"))
+    with alone(on_cpu):
+        model = _adapted(iteration, run, on_cpu) if run.get("peft") else _load(iteration, on_cpu)
+        yield model[0].eval()
+
+
+def _load(iteration: Path, on_cpu: bool) -> list:
+    from megatron.bridge.training.model_load_save import load_megatron_model
+
+    model = load_megatron_model(str(iteration), use_cpu_init=on_cpu, skip_temp_dist_context=True)
+    return model if isinstance(model, list) else [model]
+
+
+def _adapted(iteration: Path, run: dict, on_cpu: bool) -> list:
+    """The model that a LoRA run started from, with the adapters of one of its checkpoints, which holds only those."""
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training.checkpointing import (
+        _generate_model_state_dict,
+        apply_peft_adapter_filter_to_state_dict,
+    )
+    from megatron.bridge.training.model_load_save import load_model_config
+    from megatron.core import dist_checkpointing
+
+    base = run["checkpoint"]["pretrained_checkpoint"]
+    if is_hf(base):
+        provider, _ = load_model_config(str(iteration))
+        for name in ("tensor", "pipeline", "expert"):
+            setattr(provider, f"{name}_model_parallel_size", 1)
+        provider.context_parallel_size, provider.expert_tensor_parallel_size = 1, 1
+        provider.sequence_parallel, provider.virtual_pipeline_model_parallel_size = False, None
+        model = _with_hf_weights(provider, base, on_cpu)
+    else:
+        model = _load(newest_iteration(Path(base)) or Path(base), on_cpu)
+    known = {field.name for field in dataclasses.fields(LoRA) if field.init}
+    given = {key: value for key, value in run["peft"].items() if key in known and not isinstance(value, dict)}
+    lora = LoRA(**given)
+    model = lora(model, training=False)
+    wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(model, {}), lora)
+    state = dist_checkpointing.load(wanted, str(iteration))
+    model[0].load_state_dict(state["model"], strict=False)
+    return model
 
 
 # --- export ----------------------------------------------------------------------------------------------------

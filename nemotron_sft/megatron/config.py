@@ -6,40 +6,64 @@ import importlib
 import math
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
+from nemotron_sft.megatron import gpu, hf
+from nemotron_sft.megatron.checkpoint import is_hf
+from nemotron_sft.megatron.preflight import check_topology
 
 # Sections whose keys are set on the field of the same name of the ConfigContainer.
 SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoint", "ddp", "logger", "dist")
 # Keys of ours that are not a field of that Bridge dataclass; `build` derives what Bridge needs from them.
-OURS = {"name", "recipe", "provider", "epochs", "packs_per_microbatch", "load", "bridge"}
+OURS = {"name", "recipe", "provider", "hf", "epochs", "packs_per_microbatch", "load", "scheme", "bridge"}
 
 
-def build(config: TrainConfig, metadata: dict, data_dir: Path, run_dir: Path, world_size: int):
+def build(
+    config: TrainConfig,
+    metadata: dict | None,
+    data_dir: Path | None,
+    run_dir: Path,
+    world_size: int,
+    gpu_bytes: int | None = None,
+):
     """Build the ConfigContainer of a run.
 
     metadata is the prep output's metadata.json: pack size, vocabulary and the number of packs come from there.
-    Raises UserError for settings that cannot work together.
+    Without data (a preflight) both are None, and the model's own pack size and vocabulary stand.
+    gpu_bytes: memory of one GPU; None on the CPU. Raises UserError for settings that cannot work together.
     """
     container = _base(config)
+    if config.precision is not None:
+        container.mixed_precision = gpu.mixed_precision(config.precision)
+    if gpu_bytes:
+        gpu.tune(container)
     for section in SECTIONS:
         _apply(getattr(config, section), getattr(container, section), section)
     model, train = container.model, container.train
+    container.peft = _peft(config)
 
-    _fit_vocabulary(model, metadata["tokenizer"])
-    model.seq_length = metadata["pack_size"]
+    packs = {"training": 0, "validation": 0, "test": 0}
+    if metadata:
+        _fit_vocabulary(model, metadata["tokenizer"])
+        model.seq_length = metadata["pack_size"]
+        packs = {split: metadata["splits"][split]["packs"] for split in packs}
+        if not packs["training"]:
+            raise UserError(f"{data_dir} has no training packs: prepare more data, or give training a larger ratio")
+    elif model.vocab_size is None:
+        raise UserError(f"model {config.model.name} takes its vocabulary from the data: prepare it, or give data=PATH")
     # Exact token weighting: the loss is the mean over all trained tokens of the global batch.
     model.calculate_per_token_loss = True
     container.ddp.average_in_collective = False
 
-    packs = {split: metadata["splits"][split]["packs"] for split in ("training", "validation", "test")}
-    if not packs["training"]:
-        raise UserError(
-            f"{data_dir} has no training packs: prepare more data, or give training a larger ratio"
-        )
-    train.micro_batch_size = config.train.packs_per_microbatch or train.micro_batch_size
+    if config.train.packs_per_microbatch:
+        train.micro_batch_size = config.train.packs_per_microbatch
+    elif gpu_bytes:
+        train.micro_batch_size = gpu.packs_per_row(container, world_size, gpu_bytes)
+    # A row padded for context parallelism has a length of its own, which pipeline stages must be told.
+    model.variable_seq_lengths |= model.context_parallel_size > 1 and model.pipeline_model_parallel_size > 1
+    check_topology(model, world_size, train.micro_batch_size * model.seq_length)
     step = train.micro_batch_size * _replicas(model, world_size)
     if train.global_batch_size % step:
         raise UserError(
@@ -48,9 +72,7 @@ def build(config: TrainConfig, metadata: dict, data_dir: Path, run_dir: Path, wo
             f"use {math.ceil(train.global_batch_size / step) * step}"
         )
     if config.train.epochs is not None:  # wins over train_iters, which most model configs set
-        train.train_iters = max(
-            1, math.ceil(config.train.epochs * packs["training"] / train.global_batch_size)
-        )
+        train.train_iters = max(1, math.ceil(config.train.epochs * packs["training"] / train.global_batch_size))
 
     validation = container.validation
     validation.eval_micro_batch_size, validation.eval_global_batch_size = train.micro_batch_size, step
@@ -63,19 +85,27 @@ def build(config: TrainConfig, metadata: dict, data_dir: Path, run_dir: Path, wo
         scheduler.start_weight_decay = scheduler.end_weight_decay = container.optimizer.weight_decay
 
     scheduler.override_opt_param_scheduler = True  # after a resume, too, the config decides
+    if "lr_decay_iters" not in config.scheduler.bridge:
+        scheduler.lr_decay_iters = None  # the whole run, whatever length the recipe had in mind
 
-    container.dataset = _dataset(config, data_dir, packs, validation.eval_iters * step)
+    container.dataset = _dataset(config, data_dir, packs, validation.eval_iters * step, model, bool(gpu_bytes))
     container.rng.seed = config.seed
     checkpoint = container.checkpoint
     checkpoint.save = str(run_dir / "checkpoints")
     checkpoint.load = resume_from(config, run_dir)
-    checkpoint.pretrained_checkpoint = None if config.init_from == "random" else config.init_from
+    # What a resumed run started from may be gone by now; only adapters need it again.
+    fresh = config.init_from != "random" and (not checkpoint.load or container.peft is not None)
+    checkpoint.pretrained_checkpoint = config.init_from if fresh else None
+    if metadata and is_hf(checkpoint.pretrained_checkpoint):
+        hf.load_config(config.init_from)  # Bridge converts while it loads
     container.logger.tensorboard_dir = str(run_dir / "tensorboard")
     container.logger.save_config_filepath = str(run_dir / "megatron.yaml")
     container.logger.filter_warnings = True
     if any(key.startswith("wandb_") for key in config.logger.bridge):
         raise UserError("logger.wandb_*: use tracking=wandb, with tracking.project, tracking.entity, tracking.name")
     container.logger.wandb_project = None  # nemotron_sft.tracking says why
+    if config.profile:
+        container.profiling = gpu.profiling(train.train_iters)
     return container
 
 
@@ -88,23 +118,23 @@ def resume_from(config: TrainConfig, run_dir: Path) -> str | None:
 
 
 def _base(config: TrainConfig):
-    """The ConfigContainer to start from: what model.recipe returns, or plain defaults around model.provider."""
-    if config.model.recipe:
-        module, _, function = config.model.recipe.rpartition(".")
-        return getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), function)()
-
-    from megatron.bridge.models.gpt_provider import GPTModelProvider
-    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
-    from megatron.bridge.training import config as bridge
+    """The ConfigContainer to start from: what model.recipe returns, or plain defaults around the model alone."""
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 
-    provider = {"GPTModelProvider": GPTModelProvider, "HybridModelProvider": HybridModelProvider}[
-        config.model.provider
-    ]
-    own = config.model.bridge
-    model = provider(
-        **{key: own[key] for key in ("num_layers", "hidden_size", "num_attention_heads") if key in own}
-    )
+    # The data is tokenized already; Bridge insists on a tokenizer only for its size.
+    tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1)
+    if config.model.recipe:
+        with hf.configs_of(_architecture(config)):
+            container = _recipe(config.model.recipe)()
+        container.tokenizer = tokenizer
+        return container
+
+    from megatron.bridge.training import config as bridge
+
+    if config.model.provider:
+        model = _provider(config)
+    else:
+        model = hf.auto_bridge(_architecture(config)).to_megatron_provider(load_weights=False)
     return bridge.ConfigContainer(
         model=model,
         train=bridge.TrainingConfig(global_batch_size=8, micro_batch_size=1),
@@ -112,11 +142,37 @@ def _base(config: TrainConfig):
         scheduler=bridge.SchedulerConfig(),
         dataset=None,
         logger=bridge.LoggerConfig(),
-        # The data is tokenized already; Bridge insists on a tokenizer only for its size.
-        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1),
+        tokenizer=tokenizer,
         checkpoint=bridge.CheckpointConfig(),
         mixed_precision="bf16_mixed",
     )
+
+
+def _architecture(config: TrainConfig) -> str:
+    """Where the architecture is read from: the directory that training starts from if it has one, else model.hf."""
+    return config.init_from if Path(config.init_from, "config.json").exists() else config.model.hf
+
+
+def _recipe(name: str):
+    """A function below megatron.bridge.recipes."""
+    module, _, function = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model.recipe={name}: no such function below megatron.bridge.recipes ({error})") from None
+
+
+def _provider(config: TrainConfig):
+    """A model described by the keys of `model` alone."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+    known = {"GPTModelProvider": GPTModelProvider, "HybridModelProvider": HybridModelProvider}
+    if config.model.provider not in known:
+        raise UserError(f"model.provider={config.model.provider}: choose one of {', '.join(known)}")
+    given = config.model.bridge
+    first = ("num_layers", "hidden_size", "num_attention_heads")  # the constructor insists on them
+    return known[config.model.provider](**{key: given[key] for key in first if key in given})
 
 
 def _apply(section: Any, target: Any, name: str) -> None:
@@ -132,6 +188,8 @@ def _apply(section: Any, target: Any, name: str) -> None:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the annotated type: enum members by name, ints as floats, and an error for a plain mismatch."""
+    if get_origin(hint) in (list, dict, tuple):
+        return value
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
     for kind in kinds:
         if issubclass(kind, Enum) and isinstance(value, str):
@@ -145,6 +203,21 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if type(value) not in scalars:
             raise UserError(f"{path}={value!r} should be of type {' or '.join(k.__name__ for k in scalars)}")
     return value
+
+
+def _peft(config: TrainConfig):
+    """Bridge's LoRA, or None."""
+    if config.peft.scheme is None:
+        return None
+    if config.peft.scheme != "lora":
+        raise UserError(f"peft.scheme={config.peft.scheme}: choose lora, or null")
+    if config.init_from == "random":
+        raise UserError("peft=lora adapts a trained model: set init_from to one")
+    from megatron.bridge.peft.lora import LoRA
+
+    peft = LoRA()
+    _apply(config.peft, peft, "peft")
+    return peft
 
 
 def _fit_vocabulary(model, tokenizer: dict) -> None:
@@ -164,16 +237,10 @@ def _fit_vocabulary(model, tokenizer: dict) -> None:
 def _replicas(model, world_size: int) -> int:
     """Number of data-parallel ranks."""
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    parallel = tensor * pipeline * model.context_parallel_size
-    if world_size % parallel:
-        raise UserError(
-            f"{world_size} processes cannot be divided into model-parallel groups of {parallel} (tensor {tensor} x "
-            f"pipeline {pipeline} x context {model.context_parallel_size}): start a multiple of {parallel}"
-        )
-    return world_size // parallel
+    return world_size // (tensor * pipeline * model.context_parallel_size)
 
 
-def _dataset(config: TrainConfig, data_dir: Path, packs: dict[str, int], evaluated: int):
+def _dataset(config: TrainConfig, data_dir: Path, packs: dict[str, int], evaluated: int, model, on_gpu: bool):
     from nemotron_sft.megatron.data import packed_dataset_provider
 
     return packed_dataset_provider(
@@ -181,6 +248,8 @@ def _dataset(config: TrainConfig, data_dir: Path, packs: dict[str, int], evaluat
         packs=packs,
         evaluated=evaluated,
         seed=config.seed,
-        num_workers=0,
-        pin_memory=False,
+        ranks=(model.context_parallel_size, model.tensor_model_parallel_size),
+        # On a GPU a process of its own makes the next rows, and a thread pins them, while the step runs.
+        num_workers=1 if on_gpu else 0,
+        pin_memory=on_gpu,
     )

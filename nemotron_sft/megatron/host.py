@@ -12,7 +12,6 @@ import importlib.util
 import os
 from types import SimpleNamespace
 
-from nemotron_sft.errors import UserError
 from nemotron_sft.megatron.slim import placeholder
 
 CUDA_ONLY = ("transformer_engine", "nvidia_resiliency_ext")
@@ -37,6 +36,7 @@ def use_cpu() -> None:
         if importlib.util.find_spec(name) is None:
             placeholder(name)
     skip_helper_build()
+    _adapters_without_transformer_engine()
     _accept_packed_attention()
     _vectorise_packed_rope()
 
@@ -49,6 +49,13 @@ def skip_helper_build() -> None:
     core_utils.compile_helpers = lambda: None
     if hasattr(initialize, "compile_helpers"):
         initialize.compile_helpers = lambda: None
+
+
+def _adapters_without_transformer_engine() -> None:
+    """Bridge takes core's names of Transformer Engine layers, which are None here, for a sign that it is present."""
+    import megatron.bridge.peft.utils as peft
+
+    peft.HAVE_TE = False
 
 
 # --- CUDA by name ------------------------------------------------------------------------------------------
@@ -206,10 +213,6 @@ def adapt_model(model) -> None:
     import torch
     from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
 
-    if model.context_parallel_size > 1:
-        raise UserError(
-            "context parallelism needs Transformer Engine's attention, and so a GPU: set model.context_parallel_size=1"
-        )
     if not isinstance(model, GPTModelProvider):
         raise UserError("Mamba layers need a GPU: on the CPU choose a model without them, such as llama32_1b")
     model.bf16 = model.fp16 = False
@@ -252,18 +255,63 @@ def attend(query, key, value, cu_seqlens, scale: float):
     return out
 
 
+def share_of(rank: int, ranks: int, cu_seqlens):
+    """Places in a packed row that context-parallel `rank` of `ranks` holds: (t / ranks,) int, ascending.
+
+    Every document is cut into 2 * ranks equal pieces, of which a rank gets one from the front and one from the back
+    (the zigzag of ring attention, which balances causal work).
+    """
+    import torch
+
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    within = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(starts, lengths)
+    piece = within // torch.repeat_interleave(lengths // (2 * ranks), lengths)
+    return torch.nonzero(torch.minimum(piece, 2 * ranks - 1 - piece) == rank).squeeze(1)
+
+
+def attend_across(query, key, value, cu_seqlens, scale: float, group):
+    """`attend` where each rank of `group` holds its share of the row: gather it, attend, keep the share.
+
+    A ring would move less; on the CPU this proves the sharding, and no one trains long contexts here.
+    """
+    import torch
+    from torch.distributed.nn.functional import all_gather
+
+    ranks, rank = group.size(), group.rank()
+    shares = [share_of(r, ranks, cu_seqlens) for r in range(ranks)]
+    back = torch.argsort(torch.cat(shares))
+    whole = (torch.cat(all_gather(x.contiguous(), group=group))[back] for x in (query, key, value))
+    return attend(*whole, cu_seqlens, scale)[shares[rank]]
+
+
 def _accept_packed_attention() -> None:
-    """Let core's local attention, which refuses packed sequences, hand them to `attend`."""
+    """Let core's local attention, which refuses packed sequences and context parallelism, hand them to `attend`."""
+    import megatron.core.utils
+    from megatron.core.parallel_state import get_context_parallel_group
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    dense = DotProductAttention.forward
+    # How core cuts a batch for the ranks is a function of Transformer Engine's.
+    megatron.core.utils.tex = SimpleNamespace(
+        thd_get_partitioned_indices=lambda cu_seqlens, total, ranks, rank: share_of(rank, ranks, cu_seqlens)
+    )
+    build, dense = DotProductAttention.__init__, DotProductAttention.forward
+
+    def init(self, config, *args, **kwargs):
+        ranks, config.context_parallel_size = config.context_parallel_size, 1
+        try:
+            build(self, config, *args, **kwargs)
+        finally:
+            config.context_parallel_size = ranks
 
     def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
         if packed_seq_params is None:
             return dense(self, query, key, value, attention_mask, **kwargs)
+        if self.config.context_parallel_size > 1:
+            places = packed_seq_params.cu_seqlens_q_padded
+            return attend_across(query, key, value, places, self.softmax_scale, get_context_parallel_group())
         return attend(query, key, value, packed_seq_params.cu_seqlens_q, self.softmax_scale)
 
-    DotProductAttention.forward = forward
+    DotProductAttention.__init__, DotProductAttention.forward = init, forward
 
 
 def _vectorise_packed_rope() -> None:
@@ -282,7 +330,9 @@ def _vectorise_packed_rope() -> None:
         import torch
 
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        positions = torch.arange(t.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+        positions = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+        if cp_group is not None and cp_group.size() > 1:
+            positions = positions[share_of(cp_group.rank(), cp_group.size(), cu_seqlens)]
         return rope_utils._apply_rotary_pos_emb_bshd(
             t.unsqueeze(1), freqs[positions], rotary_interleaved, mla_rotary_interleaved, mscale
         ).squeeze(1)

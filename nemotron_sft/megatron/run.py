@@ -17,6 +17,9 @@ from nemotron_sft import lineage, tracking
 from nemotron_sft.app import STARTED
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
+from nemotron_sft.megatron import checkpoint
+from nemotron_sft.megatron.checkpoint import starting_point
+from nemotron_sft.megatron.config import build, resume_from
 from nemotron_sft.packed import open_packs, read_metadata
 
 SPLITS = ("training", "validation", "test")
@@ -34,21 +37,28 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
 
     Raises UserError for what the user can mend.
     """
+    if config.preflight:
+        return plan(config)
+    if config.export.run:
+        return export_run(config)
     tracking.check(config.tracking)
     # Idle OpenMP threads sleep instead of spinning: 5 % slower on an idle machine, 10 times faster on a shared one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from nemotron_sft.megatron.slim import slim_imports
-
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_cpu = not torch.cuda.is_available()
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size > 1:
         torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
     tracking.resolve_names(config, rank, world_size)
     data_dir = find_data(config)
     metadata = check_data(data_dir, config.data.verify if rank == 0 else "sizes")
     run_dir = agree_on_run_dir(config, rank, world_size)
+    composed.data.path = str(data_dir)  # a resumed run, or an export, means the same data whatever is newest by then
+    if config.peft.scheme or not resume_from(config, run_dir):
+        config.init_from = starting_point(config.init_from) or "random"
     if rank == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -59,27 +69,33 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         print(f"data {data_dir}  run directory {run_dir}", flush=True)
 
     with log_to_file(run_dir / "logs" / f"rank{rank}.log") as terminal:
-        slim_imports()
-        if on_cpu:
-            from nemotron_sft.megatron.host import adapt, use_cpu
-
-            use_cpu()
+        start_bridge()
         from megatron.bridge.training.callbacks import CallbackManager
         from megatron.bridge.training.finetune import finetune
-        from megatron.bridge.training.gpt_step import forward_step
         from megatron.bridge.training.pretrain import pretrain
 
-        from nemotron_sft.megatron.config import build
         from nemotron_sft.megatron.progress import Progress
         from nemotron_sft.megatron.signals import saving_on_sigterm
+        from nemotron_sft.megatron.step import ForwardStep
         from nemotron_sft.megatron.summary import Heldout, summarise
 
+        if on_cpu:
+            from nemotron_sft.megatron.host import adapt
         imported = time.time() - STARTED
-        container = build(config, metadata, data_dir, run_dir, world_size)
+        gpu_bytes = None if on_cpu else torch.cuda.get_device_properties().total_memory
+        container = build(config, metadata, data_dir, run_dir, world_size, gpu_bytes)
         if on_cpu:
             adapt(container)
+        if not container.train.train_iters:
+            if world_size > 1:
+                raise UserError("train.train_iters=0 only converts weights, in one process: start it without torchrun")
+            checkpoint.convert(container.model, config.init_from, run_dir / "checkpoints", on_cpu)
+            if config.export.hf:
+                print(checkpoint.export(run_dir, config.export.path, on_cpu), file=terminal)
+            return
         callbacks = CallbackManager()
-        progress = Progress(metadata, run_dir, terminal, STARTED, rank)
+        forward_step = ForwardStep()
+        progress = Progress(metadata, run_dir, terminal, STARTED, rank, forward_step)
         heldout = Heldout(config, metadata, run_dir, rank)
         for observer in (heldout, progress):  # in this order: answering before training is no part of step 1
             observer.register(callbacks)
@@ -94,7 +110,59 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
             torch.distributed.destroy_process_group()
         if rank == 0:
             heldout.after(run_dir / "checkpoints", on_cpu)
+            if config.export.hf:
+                print(checkpoint.export(run_dir, config.export.path, on_cpu), file=terminal)
             summarise(progress, heldout, run_dir, imported, terminal)
+
+
+def start_bridge() -> bool:
+    """Make Megatron-Bridge importable, on what this machine has; returns whether that is only a CPU."""
+    import torch
+
+    from nemotron_sft.megatron.slim import slim_imports
+
+    slim_imports()
+    if torch.cuda.is_available():
+        from nemotron_sft.megatron.gpu import use_gpu
+
+        use_gpu()
+        return False
+    from nemotron_sft.megatron.host import use_cpu
+
+    use_cpu()
+    return True
+
+
+def export_run(config: TrainConfig) -> None:
+    """export=RUN_DIR: write the newest checkpoint of a finished run as a Hugging Face directory."""
+    run_dir = Path(config.export.run)
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"export={run_dir} is not a run directory: it has no config.yaml")
+    with log_to_file(run_dir / "logs" / "export.log"):
+        result = checkpoint.export(run_dir, config.export.path, start_bridge())
+    print(result)
+
+
+def plan(config: TrainConfig) -> None:
+    """Print what the run would need, on any machine and without weights; see `preflight`. Data may still be missing."""
+    given = config.cluster.get("nodes", 1) * (config.cluster.get("gpus_per_node") or 1)
+    world_size = config.world_size or int(os.environ.get("WORLD_SIZE", given))
+    data_dir = metadata = None
+    with contextlib.suppress(UserError):  # it may not have been prepared yet
+        data_dir = find_data(config)
+    if data_dir and data_dir.exists():
+        metadata = check_data(data_dir)
+    with log_to_file(Path(os.devnull)):
+        start_bridge()
+        from nemotron_sft.megatron import preflight
+
+        container = build(config, metadata, data_dir, Path(config.run_dir or config.output_dir), world_size)
+        rows = preflight.describe(container, metadata, world_size)
+    rows["data"] = str(data_dir) if metadata else "none yet"
+    rows["starts from"] = config.init_from
+    print(f"Preflight of {config.name}: nothing was allocated or written")
+    for name, text in rows.items():
+        print(f"  {name:<16} {text}")
 
 
 def find_data(config: TrainConfig) -> Path:
