@@ -12,6 +12,7 @@ import importlib.util
 import os
 from types import SimpleNamespace
 
+from nemotron_sft.errors import UserError
 from nemotron_sft.megatron.slim import placeholder
 
 CUDA_ONLY = ("transformer_engine", "nvidia_resiliency_ext")
