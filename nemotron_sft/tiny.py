@@ -24,7 +24,7 @@ from pathlib import Path
 
 VOCABULARY = 2048
 # Of each conversation kind; `chat` mixes copy, lookup, sort and add over one to three turns.
-TRAIN = {"chat": 6000, "tool": 200, "reasoning": 400}
+TRAIN = {"chat": 6000, "tool": 450, "reasoning": 400}
 TURNS = (1, 2, 3)
 HELDOUT = {"copy": 32, "lookup": 32, "sort": 32, "add": 32, "tool_call": 16, "tool_answer": 16}
 
@@ -134,18 +134,19 @@ CHAT: dict[str, Callable[[random.Random], Turn]] = {"copy": copy, "lookup": look
 
 
 def tool(name: str) -> dict:
-    """The OpenAI definition of one function, which takes an item."""
-    item = {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]}
+    """The OpenAI definition of one function, which takes a list of items."""
+    items = {"type": "array", "items": {"type": "string"}}
+    parameters = {"type": "object", "properties": {"items": items}, "required": ["items"]}
     return {
         "type": "function",
-        "function": {"name": name, "description": FUNCTIONS[name][0], "parameters": item},
+        "function": {"name": name, "description": FUNCTIONS[name][0], "parameters": parameters},
     }
 
 
 def tool_turn(rng: random.Random, name: str, item: str) -> list[dict]:
     """User question, call, tool result and final answer: four messages."""
     value = rng.choice(KINDS["count"])
-    call = {"name": name, "arguments": json.dumps({"item": item})}
+    call = {"name": name, "arguments": json.dumps({"items": [item]})}
     return [
         {"role": "user", "content": f"{item}, {FUNCTIONS[name][1]}"},
         {
@@ -160,7 +161,8 @@ def tool_turn(rng: random.Random, name: str, item: str) -> list[dict]:
 
 def call_text(name: str, item: str) -> str:
     """How Nemotron 3's chat template writes the call."""
-    return f"<tool_call>\n<function={name}>\n<parameter=item>\n{item}\n</parameter>\n</function>\n</tool_call>"
+    argument = json.dumps([item])
+    return f"<tool_call>\n<function={name}>\n<parameter=items>\n{argument}\n</parameter>\n</function>\n</tool_call>"
 
 
 def reasoning(rng: random.Random) -> list[dict]:
@@ -231,9 +233,8 @@ def generate(seed: int = 0) -> tuple[list[dict], list[dict]]:
         train.append({"messages": [system(), *messages(turns)]})
     for _ in range(TRAIN["tool"]):
         name = rng.choice(list(FUNCTIONS))
-        items = rng.sample([item for other, item in pairs[cut:] if other == name], 3)
-        turns = [message for item in items for message in tool_turn(rng, name, item)]
-        train.append({"messages": [system(), *turns], "tools": [tool(name)]})
+        item = rng.choice([item for other, item in pairs[cut:] if other == name])
+        train.append({"messages": [system(), *tool_turn(rng, name, item)], "tools": [tool(name)]})
     while len(train) < sum(TRAIN.values()):
         turn = reasoning(rng)
         if turn[0]["content"] not in reserved:

@@ -65,7 +65,7 @@ def test_train_covers_what_chat_data_holds(train):
     calls = [call["function"] for m in sent for call in m.get("tool_calls", [])]
     assert len(calls) >= 300
     for call in calls:
-        assert set(json.loads(call["arguments"])) == {"item"}  # a JSON string, as OpenAI's API returns it
+        assert set(json.loads(call["arguments"])) == {"items"}  # a JSON string, as OpenAI's API returns it
 
 
 def test_heldout_prompts_are_not_in_train(train, heldout):
@@ -100,7 +100,7 @@ def recomputed(record: dict) -> str:
             steps = zip(totals, numbers[1:], totals[1:], strict=False)
             return "\n".join(f"{before}+{n}={after}" for before, n, after in steps)
         case "tool_call":
-            call = {"name": record["tools"][0]["function"]["name"], "arguments": {"item": head.split(",")[0]}}
+            call = {"name": record["tools"][0]["function"]["name"], "arguments": {"items": [head.split(",")[0]]}}
             message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
             spans = load_template("nano3").sequences([*record["messages"], message], record["tools"])[0]
             return spans[-1][1].removesuffix("<|im_end|>\n").strip()
