@@ -177,19 +177,23 @@ def reasoning(rng: random.Random) -> list[dict]:
 
 def messages(turns: Iterable[Turn]) -> list[dict]:
     """User and assistant messages of plain turns."""
-    roles = (("user", "assistant") for _ in iter(int, 1))
     return [
         {"role": role, "content": text}
-        for pair, turn in zip(roles, turns, strict=False)
-        for role, text in zip(pair, turn, strict=True)
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
+
+
+def material(task: str, user: str, answer: str) -> str:
+    """What makes a prompt itself, however it is put: its lines below the first, or the letters it sorts."""
+    return answer if task == "sort" else user.partition("\n")[2]
 
 
 def generate(seed: int = 0) -> tuple[list[dict], list[dict]]:
     """The training conversations and the held-out prompts with their answers.
 
-    A held-out user message that is answered never occurs in training, whatever comes before it; neither does
-    the set of letters of a held-out sort, nor a held-out pair of function and item.
+    What a held-out prompt asks about (the words to copy, the table and the question, the set of letters, the
+    sum, the pair of function and item) never occurs in training, under whatever words and after whatever turns.
     """
     rng = random.Random(seed)
     heldout: list[dict] = []
@@ -201,7 +205,7 @@ def generate(seed: int = 0) -> tuple[list[dict], list[dict]]:
     def fresh(task: str) -> Turn:
         while True:
             user, answer = CHAT[task](rng)
-            if user not in reserved and not (task == "sort" and answer in reserved):
+            if material(task, user, answer) not in reserved:
                 return user, answer
 
     for task in CHAT:
@@ -211,7 +215,7 @@ def generate(seed: int = 0) -> tuple[list[dict], list[dict]]:
             user, answer = fresh(task)
             while task == "add" and user.count("+") < 2:
                 user, answer = fresh(task)
-            reserved |= {user, answer} if task == "sort" else {user}
+            reserved.add(material(task, user, answer))
             prompt = [system(), *messages(before), {"role": "user", "content": user}]
             heldout.append({"task": task, "messages": prompt, "answer": answer})
 
@@ -237,7 +241,7 @@ def generate(seed: int = 0) -> tuple[list[dict], list[dict]]:
         train.append({"messages": [system(), *tool_turn(rng, name, item)], "tools": [tool(name)]})
     while len(train) < sum(TRAIN.values()):
         turn = reasoning(rng)
-        if turn[0]["content"] not in reserved:
+        if turn[0]["content"].partition("\n")[2] not in reserved:
             train.append({"messages": [system(), *turn]})
     rng.shuffle(train)
 

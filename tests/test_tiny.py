@@ -68,11 +68,15 @@ def test_train_covers_what_chat_data_holds(train):
         assert set(json.loads(call["arguments"])) == {"items"}  # a JSON string, as OpenAI's API returns it
 
 
-def test_heldout_prompts_are_not_in_train(train, heldout):
-    asked = {m["content"] for record in train for m in record["messages"] if m["role"] == "user"}
-    assert not [last_user(record) for record in heldout if last_user(record) in asked]
-    sorted_in_train = {m["content"] for record in train for m in record["messages"] if m["role"] == "assistant"}
-    assert not [r for r in heldout if r["task"] == "sort" and r["answer"] in sorted_in_train]
+def test_what_heldout_prompts_ask_is_not_in_train(train, heldout):
+    """Not even with another first line (Copy:, Repeat:), and no set of letters that training sorts."""
+    sent = [m for record in train for m in record["messages"]]
+    asked = {m["content"] for m in sent if m["role"] == "user"}
+    assert not [r for r in heldout if last_user(r) in asked]
+    bodies = {text.partition("\n")[2] for text in asked} - {""}
+    assert not [r for r in heldout if last_user(r).partition("\n")[2] in bodies]
+    answers = {m["content"] for m in sent if m["role"] == "assistant"}
+    assert not [r for r in heldout if r["task"] == "sort" and r["answer"] in answers]
 
 
 def test_no_constant_answer_scores(heldout):
