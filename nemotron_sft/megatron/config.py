@@ -42,6 +42,8 @@ def build(
     for section in SECTIONS:
         _apply(getattr(config, section), getattr(container, section), section)
     model, train = container.model, container.train
+    if gpu_bytes and "bias_activation_fusion" not in config.model.bridge:
+        gpu.fuse_activation(model)
     container.peft = _peft(config)
 
     packs = {"training": 0, "validation": 0, "test": 0}

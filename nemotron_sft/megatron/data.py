@@ -3,6 +3,9 @@
 One sample is one pack. The packs of a micro batch are joined into a single row of
 `packs * pack_size` tokens in THD layout, where cu_seqlens keeps every document to itself; so the row length that
 suits the GPU does not depend on the pack size the data was written with.
+
+Where a row is split over ranks, documents are padded as context parallelism needs them when the row is made, so
+the same packs serve every topology.
 """
 
 from __future__ import annotations
@@ -22,11 +25,23 @@ class PackedDataset:
     `length` samples in all, so that Megatron's sampler, which counts consumed samples, resumes in mid-epoch.
     Index i is pack `permutation(seed, i // packs)[i % packs]`. With `once_in`, the split is read in order
     and each run of `once_in` samples holds every pack once, then only padding (for validation).
+    context_parallel, tensor_parallel: how many ranks share a row, see `collate`.
     """
 
-    def __init__(self, path: Path, length: int, seed: int, once_in: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        length: int,
+        seed: int,
+        once_in: int | None = None,
+        context_parallel: int = 1,
+        tensor_parallel: int = 1,
+    ):
         self.packs = open_packs(path)
         self.length, self.seed, self.once_in = length, seed, once_in
+        self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
+        # A record also carries its number, by which an error can name it.
+        self.dtype = np.dtype([(name, self.packs.dtype[name]) for name in self.packs.dtype.names] + [("number", "<i8")])
 
     def __len__(self) -> int:
         return self.length
@@ -43,16 +58,18 @@ class PackedDataset:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> np.ndarray:
-        """The records of a micro batch: a structured array of shape (len(indices),), see nemotron_sft.packed."""
-        numbers = [self.pack_number(index) for index in indices]
-        records = np.zeros(len(indices), self.packs.dtype)
-        for row, number in enumerate(numbers):
+        """The records of a micro batch: a structured array (len(indices),) of nemotron_sft.packed's fields and
+        `number` int64, the place in the file, or -1 for padding."""
+        records = np.zeros(len(indices), self.dtype)
+        for record, number in zip(records, map(self.pack_number, indices), strict=True):
+            record["number"] = -1 if number is None else number
             if number is not None:
-                records[row] = self.packs[number]
+                for name in self.packs.dtype.names:
+                    record[name] = self.packs[name][number]
         return records
 
     def collate_fn(self, records: np.ndarray) -> dict:
-        return collate(records)
+        return collate(records, self.context_parallel, self.tensor_parallel)
 
 
 @functools.lru_cache(maxsize=2)
@@ -60,18 +77,26 @@ def _permutation(packs: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(packs)
 
 
-def collate(records: np.ndarray) -> dict:
+def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int = 1) -> dict:
     """Join packs into one THD row and shift the labels.
 
     records: structured array (n,) as in nemotron_sft.packed. With T = n * pack_size, returns tensors
     tokens, labels, position_ids (1, T) int64; loss_mask (1, T) float32; cu_seqlens_q, cu_seqlens_kv (1, m) int32,
-    which cover all of 0..T (a pack's padding is a sequence of its own); max_seqlen_q, max_seqlen_kv () int32.
+    which cover all of 0..T (a pack's padding is a sequence of its own); max_seqlen_q, max_seqlen_kv () int32;
+    trained_positions (k,) int64, where loss_mask is not 0, and others up to a multiple of 128 (or T); and counts, a
+    dict of plain numbers (tokens, trained, squares = the sum of squared lengths) with the packs' numbers.
 
     Position i predicts token i + 1, so labels[i] = tokens[i + 1] and loss_mask[i] = mask[i + 1]; the last token of
     a document predicts nothing.
 
         tokens     <s> u  a  </s> <s> u  a  </s>        mask       0 0 1 1   0 0 1 1
         labels      u  a </s>  -   u  a </s>  -         loss_mask  0 1 1 0   0 1 1 0
+
+    context_parallel > 1: each rank gets two of 2 * context_parallel equal pieces of every document (the zigzag of
+    Transformer Engine's ring attention), so every document is padded to a multiple of that with tokens that have no
+    loss; a pack's own padding is dropped. cu_seqlens_q_padded, cu_seqlens_kv_padded (1, m) are then the boundaries
+    in the row and cu_seqlens_q those of the real tokens. T is a multiple of 2 * context_parallel * tensor_parallel,
+    since sequence parallelism cuts each rank's share again.
     """
     import torch
 
@@ -82,33 +107,75 @@ def collate(records: np.ndarray) -> dict:
     offsets = np.arange(packs, dtype=np.int64)[:, None] * pack_size
     # Unused entries of cu_seqlens repeat the last boundary; unique() drops them, and adds each pack's end.
     cu_seqlens = np.unique(np.append(records["cu_seqlens"] + offsets, np.arange(packs + 1) * pack_size))
-    lengths = np.diff(cu_seqlens)
     last = cu_seqlens[1:] - 1
 
     labels = np.roll(tokens, -1)
     loss_mask = np.roll(mask, -1).astype(np.float32)
     labels[last], loss_mask[last] = 0, 0
-    position_ids = np.arange(total) - np.repeat(cu_seqlens[:-1], lengths)
+    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+    padded = None
+    if context_parallel > 1:
+        row, cu_seqlens, padded = _pad_documents(
+            row, cu_seqlens, _is_document(records, cu_seqlens), 2 * context_parallel, tensor_parallel
+        )
+    in_row = cu_seqlens if padded is None else padded
+    lengths = np.diff(cu_seqlens)
+    row["position_ids"] = np.arange(in_row[-1]) - np.repeat(in_row[:-1], np.diff(in_row))
 
-    boundaries = torch.from_numpy(cu_seqlens.astype(np.int32))[None]
-    longest = torch.tensor(int(lengths.max()), dtype=torch.int32)
-    return {
-        "tokens": torch.from_numpy(tokens)[None],
-        "labels": torch.from_numpy(labels)[None],
-        "loss_mask": torch.from_numpy(loss_mask)[None],
-        "position_ids": torch.from_numpy(position_ids)[None],
-        "attention_mask": None,
-        "cu_seqlens_q": boundaries,
-        "cu_seqlens_kv": boundaries,
-        "max_seqlen_q": longest,
-        "max_seqlen_kv": longest,
+    batch = {name: torch.from_numpy(values)[None] for name, values in row.items()} | {"attention_mask": None}
+    for suffix, boundaries in (("", cu_seqlens), ("_padded", padded)):
+        if boundaries is not None:
+            shared = torch.from_numpy(boundaries.astype(np.int32))[None]
+            batch |= {f"cu_seqlens_q{suffix}": shared, f"cu_seqlens_kv{suffix}": shared}
+    longest = torch.tensor(int(np.diff(in_row).max()), dtype=torch.int32)
+    batch["trained_positions"] = torch.from_numpy(_trained_first(row["loss_mask"], 128))
+    counts = {
+        "tokens": int(in_row[-1]),
+        "trained": int(loss_mask.sum()),
+        "squares": int((lengths**2).sum()),
+        "packs": records["number"].tolist() if "number" in records.dtype.names else [],
     }
+    return batch | {"max_seqlen_q": longest, "max_seqlen_kv": longest, "counts": counts}
 
 
-def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, seed: int, **loader):
+def _trained_first(loss_mask: np.ndarray, multiple: int) -> np.ndarray:
+    """Positions with a loss, filled up with others to a multiple that matrix products like: int64 (k,), distinct."""
+    trained = np.flatnonzero(loss_mask)
+    return np.append(trained, np.flatnonzero(loss_mask == 0)[: -len(trained) % multiple])
+
+
+def _is_document(records: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+    """Which sequences between `cu_seqlens` (m + 1,) are documents and not a pack's padding: bool (m,)."""
+    pack_size = records["input_ids"].shape[1]
+    pack, place = np.divmod(cu_seqlens[:-1], pack_size)
+    documents = place < records["cu_seqlens"][pack, -1]
+    documents[0] |= not documents.any()  # Megatron cannot take an empty row: one of only padding keeps a sequence
+    return documents
+
+
+def _pad_documents(row: dict, cu_seqlens, documents, multiple: int, tensor_parallel: int):
+    """Copy the documents of a row (arrays of T) to places that are multiples of `multiple`.
+
+    Returns the new row, the boundaries of the real tokens, and those of the places; see `collate`.
+    """
+    starts, lengths = cu_seqlens[:-1][documents], np.diff(cu_seqlens)[documents]
+    room = -(-lengths // multiple) * multiple
+    room[-1] += -room.sum() % (multiple * tensor_parallel)
+    real, padded = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (lengths, room))
+    within = np.arange(real[-1]) - np.repeat(real[:-1], lengths)  # position of every real token in its document
+    source, target = within + np.repeat(starts, lengths), within + np.repeat(padded[:-1], lengths)
+    spread = {}
+    for name, values in row.items():
+        spread[name] = np.zeros(padded[-1], values.dtype)
+        spread[name][target] = values[source]
+    return spread, real, padded
+
+
+def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, seed: int, ranks: tuple, **loader):
     """Bridge's DatasetProvider over a prep output.
 
-    packs: number of packs by split; evaluated: samples per validation; loader: fields of Bridge's DataloaderConfig.
+    packs: number of packs by split; evaluated: samples per validation; ranks: context and tensor parallel sizes;
+    loader: fields of Bridge's DataloaderConfig.
     (A function, because Bridge's base class is expensive to import.)
     """
     from megatron.bridge.data.base import DatasetProvider
@@ -126,7 +193,7 @@ def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, se
                 "test": (endless, evaluated),
             }
             return tuple(
-                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in)
+                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks)
                 if packs[name]
                 else None
                 for name, (length, once_in) in split.items()

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
+
+from nemotron_sft.errors import UserError
+
+# Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets. The first name found in the device's counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H20": 148e12,
+    "GB200": 2500e12, "B200": 2250e12, "GB300": 2500e12, "B300": 2250e12, "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
 
 
 class Progress:
@@ -13,9 +22,19 @@ class Progress:
     metrics.jsonl: {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"} for training,
     {"step", "validation_loss"} and {"step", "test_loss"} for evaluation. Losses are means over trained tokens, in
     nats; seconds count from the start of the process.
+
+    The other fields of a training line are means over the steps since the last one: step_ms;
+    trained_fraction (of the tokens, padding included, those with a loss); data_wait_ms; and on a GPU
+    tokens_per_second_per_gpu, tflops_per_gpu, mfu (tflops_per_gpu over PEAK_FLOPS), and peak_memory_gib so far.
+    FLOPs are Megatron-Bridge's count (training/utils/flop_utils.py): 6 per parameter of a matrix product and token,
+    and causal attention inside each document, 6 * layers * hidden * length. Recomputed activations and logits that
+    were left out don't count.
+
+    Raises UserError at the first logged loss that is not a number, naming the packs read since the last line.
     """
 
-    def __init__(self, metadata: dict, run_dir: Path, terminal, started: float, rank: int):
+    def __init__(self, metadata: dict, run_dir: Path, terminal, started: float, rank: int, consumed):
+        self.consumed = consumed  # step.ForwardStep
         split = metadata["splits"]["training"]
         self.tokens_per_pack = split["tokens"] / max(1, split["packs"])
         self.run_dir, self.terminal, self.started, self.rank = run_dir, terminal, started, rank
@@ -36,8 +55,8 @@ class Progress:
         self.total = state.cfg.train.train_iters
         self.begin = state.train_state.step
         self.tokens_per_step = self.tokens_per_pack * state.cfg.train.global_batch_size
-        self.clock = time.perf_counter()
         self.since = self.begin
+        self._start_interval(state)
         self._metrics = (self.run_dir / "metrics.jsonl").open("a") if self.rank == 0 else None
 
     def on_train_step_end(self, context) -> None:
@@ -47,25 +66,34 @@ class Progress:
         interval = context.state.cfg.logger.log_interval
         if step % interval and step != self.total:
             return
-        loss = context.loss_dict["lm loss"].item() if context.loss_dict else float("nan")
-        now = time.perf_counter()
-        speed = (step - self.since) * self.tokens_per_step / (now - self.clock)
-        self.clock, self.since = now, step
+        state, grad_norm = context.state, context.grad_norm
+        loss = from_last_stage(context.loss_dict)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {step} is {loss}: look at packs {sorted(set(self.consumed.packs))} of training.npy "
+                f"(recipes/prep.py inspect=DIR pack=N), lower optimizer.lr, or resume from an earlier checkpoint"
+            )
+        elapsed, steps = time.perf_counter() - self.clock, step - self.since
+        speed = steps * self.tokens_per_step / elapsed
         self.tokens = (step - self.begin) * self.tokens_per_step
         self.losses.append((step, loss))
-        grad_norm = context.grad_norm
         self._write(
+            state,
             step=step,
             loss=loss,
             lr=context.optimizer.param_groups[0]["lr"],
             grad_norm=None if grad_norm is None else float(grad_norm),
             tokens_per_second=round(speed, 1),
+            step_ms=round(1000 * elapsed / steps, 2),
+            trained_fraction=round(self.consumed.trained / max(1, self.consumed.tokens), 4),
+            data_wait_ms=round(1000 * self.consumed.waited / steps, 3),
+            **self._gpu(state, speed, elapsed),
             seconds=round(time.time() - self.started, 3),
         )
+        self.since = step
+        self._start_interval(state)
         average = (
-            self.tokens / max(1e-9, time.time() - self.started - self.first_step)
-            if step > self.begin + 1
-            else speed
+            self.tokens / max(1e-9, time.time() - self.started - self.first_step) if step > self.begin + 1 else speed
         )
         left = (self.total - step) * self.tokens_per_step / average
         self._line(
@@ -74,20 +102,50 @@ class Progress:
             done=step == self.total,
         )
 
+    def _start_interval(self, state) -> None:
+        self.clock = time.perf_counter()
+        self.flops = state.train_state.floating_point_operations_so_far
+        self.consumed.reset()
+
+    def _gpu(self, state, speed: float, elapsed: float) -> dict[str, float]:
+        """The fields that only a GPU has."""
+        import torch
+
+        name = torch.cuda.get_device_name()
+        if name == "CPU":  # host.py
+            return {}
+        world = torch.distributed.get_world_size()
+        # Bridge adds a step's FLOPs after this callback, so the count runs one step behind the clock.
+        flops = (state.train_state.floating_point_operations_so_far - self.flops) / elapsed / world
+        model = state.cfg.model  # logits that were left out are no work done
+        flops -= 6 * model.hidden_size * model.vocab_size * self.consumed.without_logits / elapsed
+        peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        return {
+            "tokens_per_second_per_gpu": round(speed / world, 1),
+            "tflops_per_gpu": round(flops / 1e12, 1),
+            "mfu": None if peak is None else round(flops / peak, 4),
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }
+
     def on_eval_end(self, context) -> None:
-        step, loss = context.state.train_state.step, context.total_loss_dict["lm loss"].item()
+        step, loss = context.state.train_state.step, from_last_stage(context.total_loss_dict)
         if self.validation and self.validation[-1][0] == step:
             return  # Bridge validates once more after the last step
         self.validation.append((step, loss))
-        self._write(step=step, validation_loss=loss)
+        self._write(context.state, step=step, validation_loss=loss)
         self._line(f"      step {step}  validation loss {loss:.4f}", done=True)
-        self.clock = time.perf_counter()  # the evaluation's time is not the next step's
+        self._start_interval(context.state)  # the evaluation's time is not the next step's
+        self.since = step
 
     def on_test_end(self, context) -> None:
-        self.test = context.total_loss_dict["lm loss"].item()
-        self._write(step=context.state.train_state.step, test_loss=self.test)
+        self.test = from_last_stage(context.total_loss_dict)
+        self._write(context.state, step=context.state.train_state.step, test_loss=self.test)
 
-    def _write(self, **values) -> None:
+    def _write(self, state, **values) -> None:
+        if state.cfg.logger.skip_train_metrics_log and state.tensorboard_logger:  # Bridge does not write them
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    state.tensorboard_logger.add_scalar(name, value, values["step"])
         if self._metrics:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
@@ -102,6 +160,18 @@ class Progress:
         elif done or time.monotonic() - self._printed >= 5:
             self._printed = time.monotonic()
             print(text, file=self.terminal, flush=True)
+
+
+def from_last_stage(losses: dict | None) -> float:
+    """The loss, on every rank: with pipeline parallelism only the last stage, and so the last rank, has it."""
+    import torch
+    from megatron.core.parallel_state import get_pipeline_model_parallel_world_size
+
+    loss = losses["lm loss"].float() if losses else torch.zeros((), device="cuda")
+    if get_pipeline_model_parallel_world_size() > 1:
+        loss = loss.reshape(()).clone()
+        torch.distributed.broadcast(loss, torch.distributed.get_world_size() - 1)
+    return loss.item()
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,179 @@
+"""On a GPU, with Transformer Engine: isolation between documents, packed = unpacked, logits of trained tokens only.
+
+Skipped without CUDA; run on a GPU machine with: python -m pytest tests/gpu -q -s
+"""
+
+import importlib.util
+import itertools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from nemotron_sft.megatron.data import collate  # noqa: E402
+from nemotron_sft.packed import pack_dtype  # noqa: E402
+
+PACK, VOCABULARY = 1024, 512
+LENGTHS = [[100, 300, 500, 60], [1, 2, 3, 700, 200], [1024], [513, 511]]
+
+
+def make_packs(lengths_per_pack, seed=0):
+    rng = np.random.default_rng(seed)
+    records = np.zeros(len(lengths_per_pack), pack_dtype(PACK, 8))
+    for record, lengths in zip(records, lengths_per_pack, strict=True):
+        ends = np.cumsum([0, *lengths])
+        record["cu_seqlens"] = ends[-1]
+        record["cu_seqlens"][: len(ends)] = ends
+        record["input_ids"][: ends[-1]] = rng.integers(1, VOCABULARY, ends[-1])
+        for start, end in itertools.pairwise(ends):
+            record["loss_mask"][(start + end) // 2 : end] = 1
+    return records
+
+
+@pytest.fixture(scope="module")
+def context():
+    from nemotron_sft.megatron.gpu import use_gpu
+    from nemotron_sft.megatron.slim import slim_imports
+
+    slim_imports()
+    use_gpu()
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    with temporary_distributed_context("nccl"):
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(1234)
+        yield
+
+
+COMMON = dict(
+    hidden_size=256,
+    ffn_hidden_size=512,
+    num_attention_heads=4,
+    num_query_groups=2,
+    normalization="RMSNorm",
+    add_bias_linear=False,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    vocab_size=VOCABULARY,
+    seq_length=PACK,
+    gradient_accumulation_fusion=False,
+    share_embeddings_and_output_weights=False,
+    bf16=True,
+    params_dtype=torch.bfloat16,
+    init_method_std=0.1,
+)
+
+
+@pytest.fixture(scope="module", params=["attention", "mamba"])
+def model(request, context):
+    if request.param == "mamba":
+        if importlib.util.find_spec("mamba_ssm") is None:
+            pytest.skip("mamba-ssm is not installed")
+        from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+        provider = HybridModelProvider(
+            num_layers=4, hybrid_layer_pattern="M*M-", mamba_num_heads=8, mamba_head_dim=64, mamba_state_dim=64,
+            mamba_num_groups=2, position_embedding_type="none", **COMMON,
+        )  # fmt: skip
+    else:
+        from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+        provider = GPTModelProvider(
+            num_layers=4, position_embedding_type="rope", gated_linear_unit=True, apply_rope_fusion=True,
+            activation_func=torch.nn.functional.silu, bias_activation_fusion=True, **COMMON,
+        )  # fmt: skip
+    provider.finalize()
+    built = provider.provide_distributed_model(wrap_with_ddp=False)[0].eval()
+    built.hybrid = request.param == "mamba"
+    return built
+
+
+def token_losses(model, records):
+    """fp32 loss of every position (T,) and its mask (T,), through the batch that a training step would get."""
+    from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
+
+    batch = collate(records)
+    keys = {k: (v.cuda() if k.startswith("cu_") else v) for k, v in batch.items() if "seqlen" in k}
+    if model.hybrid:
+        keys["total_tokens"] = batch["tokens"].shape[1]
+    tokens, positions, labels = (batch[k].cuda() for k in ("tokens", "position_ids", "labels"))
+    with torch.no_grad():
+        losses = model(tokens, positions, None, labels=labels, packed_seq_params=get_packed_seq_params(keys))
+    return losses[0].float().cpu(), batch["loss_mask"][0]
+
+
+def test_changing_one_document_leaves_the_losses_of_the_others(model):
+    records = make_packs(LENGTHS)
+    before, _ = token_losses(model, records)
+    again, _ = token_losses(model, records)
+    changed = records.copy()
+    changed["input_ids"][0, 100:400] = changed["input_ids"][0, 100:400] % (VOCABULARY - 1) + 1
+    after, _ = token_losses(model, changed)
+    difference = (after - before).abs()
+    inside = torch.zeros(len(before), dtype=torch.bool)
+    inside[100:400] = True
+    print(
+        f"\nchanged document: up to {difference[inside].max():.3g} nats; others: {difference[~inside].max():.3g}; ",
+        end="",
+    )
+    print(f"same input twice: {(again - before).abs().max():.3g}")
+    assert difference[inside].max() > 0.1
+    # The same kernels on the same numbers: nothing may move beyond what a repetition moves.
+    assert difference[~inside].max() <= (again - before).abs().max()
+
+
+def test_packed_loss_is_the_loss_of_the_documents_alone(model):
+    records = make_packs(LENGTHS)
+    losses, mask = token_losses(model, records)
+    packed = float((losses * mask).sum() / mask.sum())
+    total, worst = 0.0, 0.0
+    for number, (record, lengths) in enumerate(zip(records, LENGTHS, strict=True)):
+        ends = np.cumsum([0, *lengths])
+        for start, end in itertools.pairwise(ends):
+            alone = np.zeros(1, pack_dtype(-(-(end - start) // 16) * 16, 1))
+            alone["cu_seqlens"][0] = 0, end - start
+            alone["input_ids"][0, : end - start] = record["input_ids"][start:end]
+            alone["loss_mask"][0, : end - start] = record["loss_mask"][start:end]
+            own, own_mask = token_losses(model, alone)
+            total += float((own * own_mask).sum())
+            together = losses[number * PACK + start : number * PACK + end - 1]
+            worst = max(worst, float((own[: end - start - 1] - together).abs().max()) if end - start > 1 else 0.0)
+    apart = total / float(mask.sum())
+    print(f"\npacked {packed:.6f}, alone {apart:.6f}, largest difference of a token {worst:.3g}")
+    assert packed == pytest.approx(apart, rel=2e-3)
+    assert worst < 0.15  # bf16: other tile shapes round otherwise
+
+
+def test_logits_of_trained_tokens_alone_give_the_same_loss_and_gradients(model):
+    if model.hybrid:
+        pytest.skip("core has no output processor for hybrid models")
+    from nemotron_sft.megatron.step import ForwardStep
+
+    records = make_packs(LENGTHS)
+    batch = collate(records)
+    step = ForwardStep()
+    step._hook(model)
+    results = []
+    for positions in (None, batch["trained_positions"].cuda()):
+        from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
+
+        keys = {k: (v.cuda() if k.startswith("cu_") else v) for k, v in batch.items() if "seqlen" in k}
+        step._positions = positions
+        model.zero_grad()
+        losses = model(
+            input_ids=batch["tokens"].cuda(), position_ids=batch["position_ids"].cuda(), attention_mask=None,
+            labels=batch["labels"].cuda(), packed_seq_params=get_packed_seq_params(keys),
+        )  # fmt: skip
+        (losses * batch["loss_mask"].cuda()).sum().backward()
+        gradients = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+        results.append((losses.detach().float() * batch["loss_mask"].cuda(), gradients))
+    step._positions = None
+    (every, every_gradient), (few, few_gradient) = results
+    error = float((every_gradient - few_gradient).norm() / every_gradient.norm())
+    print(f"\nloss {float(every.sum()):.4f} and {float(few.sum()):.4f}; relative difference of gradients {error:.2g}")
+    assert torch.allclose(every, few, atol=0.02)
+    assert error < 0.01
