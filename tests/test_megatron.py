@@ -176,3 +176,36 @@ def test_packed_loss_is_the_loss_of_the_documents_alone(model):
             total, count = total + float((alone[0] * weight).sum()), count + float(weight.sum())
     assert packed == pytest.approx(total / count, abs=1e-4)
     assert count == float(mask.sum())
+
+
+def test_logits_of_trained_tokens_alone_give_the_same_loss_and_gradients(model):
+    import torch
+    from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
+
+    from nemotron_sft.megatron.step import ForwardStep
+
+    batch = collate(make_packs([[10, 20, 30], [33, 31]]))
+    packed = get_packed_seq_params({k: v for k, v in batch.items() if "seqlen" in k})
+    step = ForwardStep()
+    step._hook(model)
+    results = []
+    for positions in (None, batch["trained_positions"][:70]):  # 128 would be all of this row
+        step._positions = positions
+        model.zero_grad()
+        losses = model(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            attention_mask=None,
+            labels=batch["labels"],
+            packed_seq_params=packed,
+        )
+        (losses * batch["loss_mask"]).sum().backward()
+        results.append((losses.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    step._positions = None
+    (every, every_gradients), (few, few_gradients) = results
+    mask = batch["loss_mask"]
+    assert mask[0, batch["trained_positions"][70:]].sum() == 0
+    assert torch.allclose(every * mask, few * mask, atol=1e-5)
+    assert (few == 0).sum() == few.numel() - 70
+    for one, other in zip(every_gradients, few_gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -52,6 +53,9 @@ class Progress:
 
     def on_train_start(self, context) -> None:
         state = context.state
+        if state.cfg.train.manual_gc:  # what is alive now stays: later collections need not walk through all of it
+            gc.collect()
+            gc.freeze()
         self.total = state.cfg.train.train_iters
         self.begin = state.train_state.step
         self.tokens_per_step = self.tokens_per_pack * state.cfg.train.global_batch_size
