@@ -52,9 +52,7 @@ def main(repeats: int = 3, out: str | None = None) -> None:
     theirs = bridge_first_fit_decreasing()
     million, ten_million = lengths(1_000_000), lengths(10_000_000)
     as_list = million.tolist()
-    first_call, _ = timed(
-        pack, [1, 2, 3], 4
-    )  # imports Numba and loads (the first time ever: compiles) the code
+    first_call, _ = timed(pack, [1, 2, 3], 4)  # imports Numba and loads (the first time ever: compiles) the code
 
     seconds = {"bridge": [], "ours": [], "ours_10m": []}
     for _ in range(repeats):

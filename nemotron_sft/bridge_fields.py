@@ -32,10 +32,7 @@ SECTIONS = {
 def bridge_fields(section: str) -> frozenset[str]:
     """Names of the public fields of the Bridge dataclasses behind a config section, base classes included."""
     return frozenset(
-        name
-        for module, cls in SECTIONS[section]
-        for name in _class_fields(module, cls)
-        if not name.startswith("_")
+        name for module, cls in SECTIONS[section] for name in _class_fields(module, cls) if not name.startswith("_")
     )
 
 
@@ -46,11 +43,7 @@ def _class_fields(module: str, cls: str) -> frozenset[str]:
         return frozenset()
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == cls:
-            own = {
-                n.target.id
-                for n in node.body
-                if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-            }
+            own = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
             bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
             return frozenset(own.union(*(_class_fields(module, base) for base in bases)))
     for node in ast.walk(tree):  # not defined here: follow the import

@@ -346,10 +346,7 @@ def _answer(message: dict, forget: bool) -> str:
         content = "<think></think>" + content
     if calls := message.get("tool_calls"):
         if forget:
-            if "</think>" in content:
-                content = content.rpartition("</think>")[2]
-            else:
-                content = content.partition("<think>")[0]
+            content = content.rpartition("</think>")[2] if "</think>" in content else content.partition("<think>")[0]
             content = "<think></think>" + content.strip()
         return content.strip() + "\n" + "".join(_call(call) for call in calls)
     if forget and "<think>" in content and "</think>" in content:
@@ -360,8 +357,7 @@ def _answer(message: dict, forget: bool) -> str:
 def _call(call: dict) -> str:
     function = call.get("function", call)
     parameters = "".join(
-        f"<parameter={name}>\n{_value(value)}\n</parameter>\n"
-        for name, value in function["arguments"].items()
+        f"<parameter={name}>\n{_value(value)}\n</parameter>\n" for name, value in function["arguments"].items()
     )
     return f"<tool_call>\n<function={function['name']}>\n{parameters}</function>\n</tool_call>\n"
 
@@ -444,9 +440,7 @@ class JinjaTemplate(Template):
         from jinja2.meta import find_undeclared_variables
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
@@ -457,14 +451,10 @@ class JinjaTemplate(Template):
             message = error.message.replace("endwith", "endgeneration")
             raise UserError(f"{self.name}:{error.lineno}: not a valid Jinja template: {message}") from None
         if self.special_tokens is None and (needed := sorted(unknown & {"bos_token", "eos_token"})):
-            raise UserError(
-                f"{self.name}: the template prints {' and '.join(needed)}: set template.special_tokens"
-            )
+            raise UserError(f"{self.name}: the template prints {' and '.join(needed)}: set template.special_tokens")
         return compiled
 
-    def _marked_text(
-        self, messages: list[dict], tools: list[dict], prompt: bool = False, thinking: bool = True
-    ):
+    def _marked_text(self, messages: list[dict], tools: list[dict], prompt: bool = False, thinking: bool = True):
         """The rendering, with _OPEN and _CLOSE around what generation tags enclose."""
         options = {"enable_thinking": thinking, "truncate_history_thinking": self.history == "truncate"}
         try:
@@ -497,9 +487,7 @@ class JinjaTemplate(Template):
             return [self._spans(messages[:end], tools, start) for start, end in turns]
         return [self._spans(messages, tools, turns[-1][0] if self.mask == "last_turn" else 0)]
 
-    def _rewrites_history(
-        self, messages: list[dict], tools: list[dict], turns: list[tuple[int, int]]
-    ) -> bool:
+    def _rewrites_history(self, messages: list[dict], tools: list[dict], turns: list[tuple[int, int]]) -> bool:
         """Whether some turn's text changes once the conversation goes on."""
         ends = [end for _, end in turns if end < len(messages)]
         if not ends or (self._marked and not _thinks(messages)):
@@ -515,9 +503,7 @@ class JinjaTemplate(Template):
         text, *generated = self._marked_text(messages, tools).split(_OPEN)
         answers = [message["role"] == "assistant" for message in messages]
         if first_trained and len(generated) != sum(answers):
-            raise ChatError(
-                "spans undetermined", f"{sum(answers)} answers, {len(generated)} generation blocks"
-            )
+            raise ChatError("spans undetermined", f"{sum(answers)} answers, {len(generated)} generation blocks")
         spans, earlier = [("context", text)], sum(answers[:first_trained])
         for index, part in enumerate(generated):
             answer, _, after = part.partition(_CLOSE)
@@ -546,9 +532,7 @@ class JinjaTemplate(Template):
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_sft.errors import UserError
-
-T = TypeVar("T")
 
 
 def nearest(word: str, choices: list[str]) -> str | None:
@@ -39,7 +37,7 @@ def unknown_key(path: str, choices: list[str]) -> UserError:
     return UserError(f"unknown key {path}: {hint}")
 
 
-def check(cfg: DictConfig, schema: type[T]) -> T:
+def check[T](cfg: DictConfig, schema: type[T]) -> T:
     """Validate a composed config against a dataclass schema and return it as an instance of the schema.
 
     Raises UserError for an unknown key (naming the nearest one), a value of the wrong type, or a missing value.
@@ -115,9 +113,7 @@ class Blend:
 
     name: str | None = MISSING
     path: str | None = MISSING  # a blend file (JSON or YAML) to read `datasets` from
-    datasets: list[Any] = (
-        MISSING  # entries: name, path, and as needed split, subset, revision, weight, filter
-    )
+    datasets: list[Any] = MISSING  # entries: name, path, and as needed split, subset, revision, weight, filter
 
 
 @dataclass

@@ -13,7 +13,9 @@ def console(stderr: bool = False):
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 120, soft_wrap=not stream.isatty(), highlight=False)
+    return Console(
+        stderr=stderr, width=None if stream.isatty() else 120, soft_wrap=not stream.isatty(), highlight=False
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -32,15 +32,10 @@ def load_prompts(path: Path, metadata: dict) -> Prompts:
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"held-out prompts {path}: {error}; set heldout.path=null to train without them"
-        ) from None
+        raise UserError(f"held-out prompts {path}: {error}; set heldout.path=null to train without them") from None
     template = load_template(metadata["template"]["name"])
     tokenizer = load_tokenizer(metadata["tokenizer"]["model"])
-    texts = [
-        template.generation_prompt(record["messages"], record.get("tools"), thinking=False)
-        for record in records
-    ]
+    texts = [template.generation_prompt(record["messages"], record.get("tools"), thinking=False) for record in records]
     flat, offsets = tokenizer.encode_batch(texts)
     ids = [flat[start:end] for start, end in itertools.pairwise(offsets)]
     lengths = np.diff(tokenizer.encode_batch([record["answer"] for record in records])[1])
@@ -72,10 +67,7 @@ def answer(prompts: Prompts, model, max_new_tokens: int) -> list[str]:
                 break
     model.train()
     new = (row[len(ids) :] for row, ids in zip(rows, prompts.ids, strict=True))
-    return [
-        prompts.decode(np.array([t for t in tokens if t != prompts.eos_id], np.int32)).strip()
-        for tokens in new
-    ]
+    return [prompts.decode(np.array([t for t in tokens if t != prompts.eos_id], np.int32)).strip() for tokens in new]
 
 
 def _next_tokens(model, rows: list[list[int]]) -> list[int]:
@@ -108,7 +100,5 @@ def _next_tokens(model, rows: list[list[int]]) -> list[int]:
 
 def exact_match(prompts: Prompts, answers: list[str]) -> float:
     """Share of answers that equal the reference after stripping white space."""
-    right = [
-        given == record["answer"].strip() for given, record in zip(answers, prompts.records, strict=True)
-    ]
+    right = [given == record["answer"].strip() for given, record in zip(answers, prompts.records, strict=True)]
     return sum(right) / len(right)

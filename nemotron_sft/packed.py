@@ -173,9 +173,7 @@ class ParquetWriter(PackWriter):
         import pyarrow.parquet as pq
 
         if not str(self.file.path).endswith(".idx.parquet"):
-            raise ValueError(
-                f"{self.file.path}: Megatron-Bridge reads packs from names ending in .idx.parquet"
-            )
+            raise ValueError(f"{self.file.path}: Megatron-Bridge reads packs from names ending in .idx.parquet")
         kinds = {"input_ids": pa.int32(), "loss_mask": pa.int8(), "seq_start_id": pa.int32()}
         self.schema = pa.schema([(name, pa.list_(kind)) for name, kind in kinds.items()])
         self.parquet = stack.enter_context(pq.ParquetWriter(self.file, self.schema, compression="zstd"))
@@ -305,9 +303,7 @@ def write_metadata(directory: str | Path, metadata: dict) -> None:
     """Write metadata.json, keys in the order given. It is the commit mark of an output, so write it last."""
     import orjson
 
-    text = orjson.dumps(
-        metadata, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-    )
+    text = orjson.dumps(metadata, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
     with AtomicFile(Path(directory) / "metadata.json") as file:
         file.write(text)
 
@@ -320,16 +316,12 @@ def read_metadata(directory: str | Path) -> dict:
     try:
         metadata = orjson.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"no metadata.json in {directory}: not a finished output of recipes/prep.py"
-        ) from None
+        raise UserError(f"no metadata.json in {directory}: not a finished output of recipes/prep.py") from None
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON ({error}): prepare the data again with recipes/prep.py") from None
     found = (metadata.get("format"), metadata.get("version")) if isinstance(metadata, dict) else None
     if found != (FORMAT, VERSION):
-        raise UserError(
-            f"{path} says format, version {found}, not {(FORMAT, VERSION)}: prepare the data again"
-        )
+        raise UserError(f"{path} says format, version {found}, not {(FORMAT, VERSION)}: prepare the data again")
     return metadata
 
 

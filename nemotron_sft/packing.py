@@ -38,9 +38,7 @@ def pack(lengths: ArrayLike, pack_size: int, seed: int = 0) -> np.ndarray:
     if lengths.min() < 1:
         raise ValueError(f"sequence {lengths.argmin()} has {lengths.min()} tokens, below 1")
     if lengths.max() > pack_size:
-        raise ValueError(
-            f"sequence {lengths.argmax()} has {lengths.max()} tokens, above pack_size {pack_size}"
-        )
+        raise ValueError(f"sequence {lengths.argmax()} has {lengths.max()} tokens, above pack_size {pack_size}")
     lengths = lengths.astype(np.int32, copy=False)
 
     # Grouping a shuffled list by length shuffles the sequences of each length, so that neighbours in the
@@ -86,9 +84,7 @@ def _whole_numbers(lengths: ArrayLike) -> np.ndarray:
     """`lengths` as a flat integer array; a list may be empty, floats are refused rather than cut."""
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(
-            f"lengths must be a flat list of whole numbers, not {array.dtype} of shape {array.shape}"
-        )
+        raise ValueError(f"lengths must be a flat list of whole numbers, not {array.dtype} of shape {array.shape}")
     return array
 
 
@@ -120,12 +116,8 @@ def _best_fit(by_length, starts, pack_size, bins):
     leaves = 1
     while leaves <= pack_size:
         leaves *= 2
-    filled = np.zeros(
-        2 * leaves, np.uint8
-    )  # leaf r: is there a bin with room r? inner node: is there one below?
-    top = np.full(
-        pack_size + 1, -1, np.int32
-    )  # the stack of the bins with room r: top[r], below[top[r]], ...
+    filled = np.zeros(2 * leaves, np.uint8)  # leaf r: is there a bin with room r? inner node: is there one below?
+    top = np.full(pack_size + 1, -1, np.int32)  # the stack of the bins with room r: top[r], below[top[r]], ...
     below = np.empty(by_length.size, np.int32)
     n_bins = 0
     for length in range(pack_size, 0, -1):
@@ -171,9 +163,7 @@ def _first_fit(by_length, starts, pack_size, limit, bins):
     leaves = 1
     while leaves < limit:
         leaves *= 2
-    room = np.zeros(
-        2 * leaves, np.int32
-    )  # leaf b: room in bin b; inner node: the most room in any bin below it
+    room = np.zeros(2 * leaves, np.int32)  # leaf b: room in bin b; inner node: the most room in any bin below it
     room[leaves : leaves + limit] = pack_size
     for node in range(leaves - 1, 0, -1):
         room[node] = max(room[2 * node], room[2 * node + 1])

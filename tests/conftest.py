@@ -43,6 +43,8 @@ def recipe(name, *overrides, **kwargs):
 def tiny_data(tmp_path_factory):
     """The tiny blend, prepared once by the command a user would type."""
     out = tmp_path_factory.mktemp("data") / "tiny"
-    done = recipe("prep", "blend=tiny", "sample=600", f"output_dir={out}", "split={training: 0.9, validation: 0.05, test: 0.05}")
+    done = recipe(
+        "prep", "blend=tiny", "sample=600", f"output_dir={out}", "split={training: 0.9, validation: 0.05, test: 0.05}"
+    )
     assert done.returncode == 0, done.stderr
     return next(path.parent for path in out.parent.rglob("metadata.json"))

@@ -17,8 +17,7 @@ from nemotron_sft.errors import UserError
 HERE = Path(__file__).parent
 NANO3_FILE = HERE.parent / "nemotron_sft" / "templates" / "nano3.jinja"
 VECTORS = [
-    json.loads(line)
-    for line in gzip.decompress((HERE / "data/nano3_vectors.jsonl.gz").read_bytes()).splitlines()
+    json.loads(line) for line in gzip.decompress((HERE / "data/nano3_vectors.jsonl.gz").read_bytes()).splitlines()
 ]
 END = "<|im_end|>\n"
 
@@ -30,19 +29,14 @@ def joined(spans):
 def trained(sequences):
     """Every trained span with the text before it: what training sees, however it is cut into sequences."""
     return {
-        (joined(spans[:i]), text)
-        for spans in sequences
-        for i, (role, text) in enumerate(spans)
-        if role == "assistant"
+        (joined(spans[:i]), text) for spans in sequences for i, (role, text) in enumerate(spans) if role == "assistant"
     }
 
 
 # --- Nemotron 3 Nano ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "template", [load_template("nano3"), load_template(str(NANO3_FILE))], ids=["python", "jinja"]
-)
+@pytest.mark.parametrize("template", [load_template("nano3"), load_template(str(NANO3_FILE))], ids=["python", "jinja"])
 def test_renders_as_nvidia_does(template):
     for case in VECTORS:
         assert template.render(case["messages"], case.get("tools")) == case["expected"]["render"], case["id"]
@@ -92,9 +86,7 @@ answers = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": st.none() | words},
     optional={"reasoning_content": st.none() | words, "tool_calls": calls},
 )
-others = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "user", "tool", "system"]), "content": words}
-)
+others = st.fixed_dictionaries({"role": st.sampled_from(["user", "user", "tool", "system"]), "content": words})
 conversations = st.lists(others | answers, min_size=1, max_size=7)
 schemas = st.dictionaries(
     words,
@@ -135,9 +127,7 @@ def parsed(messages):
     return [
         {
             **m,
-            "tool_calls": [
-                {"function": {**c["function"], "arguments": as_object(c)}} for c in m["tool_calls"]
-            ],
+            "tool_calls": [{"function": {**c["function"], "arguments": as_object(c)}} for c in m["tool_calls"]],
         }
         if m.get("tool_calls")
         else m
@@ -251,8 +241,7 @@ def test_history_kept():
 
 def test_mask_last_turn():
     chat = [
-        {"role": r, "content": c}
-        for r, c in (("user", "q"), ("assistant", "a"), ("user", "p"), ("assistant", "b"))
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "p"), ("assistant", "b"))
     ]
     [spans] = load_template("nano3", mask="last_turn").sequences([*chat, {"role": "user", "content": "open"}])
     assert [t for role, t in spans if role == "assistant"] == ["b" + END]
@@ -293,9 +282,7 @@ def test_pickles(name):
 
 def test_digest_follows_source_and_options():
     digests = {
-        load_template(mask=mask, history=h).digest
-        for mask in ("assistant", "all")
-        for h in ("truncate", "keep")
+        load_template(mask=mask, history=h).digest for mask in ("assistant", "all") for h in ("truncate", "keep")
     }
     assert len(digests) == 4 and load_template().digest == load_template(thinking=False).digest
 

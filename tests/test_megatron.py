@@ -1,5 +1,7 @@
 """The model sees what the data says: isolation between documents, exact losses, label shift, resumable order."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ def make_packs(lengths_per_pack, seed=0):
         record["cu_seqlens"] = ends[-1]
         record["cu_seqlens"][: len(ends)] = ends
         record["input_ids"][: ends[-1]] = rng.integers(1, VOCABULARY, ends[-1])
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             record["loss_mask"][(start + end) // 2 : end] = 1
     return records
 
@@ -42,7 +44,7 @@ def test_collate_agrees_with_a_loop_over_documents(lengths_per_pack):
     labels, loss_mask, positions, boundaries = [0] * total, [0.0] * total, [0] * total, [0]
     for p, record in enumerate(records):
         ends = sorted({*record["cu_seqlens"].tolist(), PACK})
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             boundaries.append(p * PACK + end)
             for i in range(start, end):
                 positions[p * PACK + i] = i - start
@@ -166,7 +168,7 @@ def test_packed_loss_is_the_loss_of_the_documents_alone(model):
     total = count = 0.0
     for record, sizes in zip(records, lengths, strict=True):
         ends = np.cumsum([0, *sizes])
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             tokens = torch.from_numpy(record["input_ids"][start:end].astype(np.int64))[None]
             if end - start < 2:
                 continue

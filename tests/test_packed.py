@@ -36,9 +36,7 @@ def records_of(sequences=200, pack_size=64):
 
 def write(path, packs, chunk=7):
     """Write packs a few at a time, in the format that the name asks for."""
-    return packed.write_packs(
-        path, (packs[low : low + chunk] for low in range(0, len(packs), chunk)), len(packs)
-    )
+    return packed.write_packs(path, (packs[low : low + chunk] for low in range(0, len(packs), chunk)), len(packs))
 
 
 @pytest.mark.parametrize("pack_size", [64, 61])  # 61: the record needs alignment padding

@@ -71,9 +71,7 @@ def test_auto_takes_the_fast_encoder(folder):
 
 
 texts = st.text(max_size=30) | st.lists(
-    st.sampled_from(
-        [*SPECIAL, *MARKERS, " ", "  ", "\n", "a", "Hello", "数", "🚀", "12345", "<|im", "don't", "\x00"]
-    ),
+    st.sampled_from([*SPECIAL, *MARKERS, " ", "  ", "\n", "a", "Hello", "数", "🚀", "12345", "<|im", "don't", "\x00"]),
     max_size=12,
 ).map("".join)
 
@@ -179,9 +177,7 @@ def test_bare_file_and_pad_default(tmp_path):
 
 def test_falls_back_where_fastokens_cannot(tmp_path):
     """A Unigram model is not BPE: auto takes Hugging Face's encoder, fastokens alone is refused."""
-    reference = Reference(
-        models.Unigram([("<unk>", 0.0), ("x", -1.0), ("y", -1.0), ("xyz", -2.0), ("</s>", 0.0)], 0)
-    )
+    reference = Reference(models.Unigram([("<unk>", 0.0), ("x", -1.0), ("y", -1.0), ("xyz", -2.0), ("</s>", 0.0)], 0))
     reference.decoder = decoders.Fuse()
     save(tmp_path, reference, eos_token="</s>")
     assert load_tokenizer(str(tmp_path)).backend == "tokenizers"

@@ -201,9 +201,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if float in kinds and type(value) is int and int not in kinds:
         return float(value)
     scalars = [kind for kind in kinds if kind in (bool, int, float, str)]
-    if scalars and len(scalars) == len([k for k in kinds if k is not type(None)]) and value is not None:
-        if type(value) not in scalars:
-            raise UserError(f"{path}={value!r} should be of type {' or '.join(k.__name__ for k in scalars)}")
+    only_scalars = scalars and len(scalars) == len([k for k in kinds if k is not type(None)])
+    if only_scalars and value is not None and type(value) not in scalars:
+        raise UserError(f"{path}={value!r} should be of type {' or '.join(k.__name__ for k in scalars)}")
     return value
 
 

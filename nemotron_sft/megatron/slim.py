@@ -2,8 +2,8 @@
 
 `import megatron.bridge` loads every model and diffusion family (and with them diffusers, timm, open_clip, ...)
 before the first line of one's own code runs. The packages whose __init__ does so are put in place unexecuted:
-a submodule is imported when, and only when, it or a name in it is asked for. ModelOpt (quantization, distillation, pruning),
-which Bridge's training loop imports only to ask whether it is in use, is replaced by a placeholder.
+a submodule is imported when, and only when, it or a name in it is asked for. ModelOpt (quantization, distillation,
+pruning), which Bridge's training loop imports only to ask whether it is in use, is replaced by a placeholder.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class _Unexecuted(ModuleType):
             tree = ast.parse(Path(self.__file__).read_text())
             imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
             self._origins = {
-                alias.asname or alias.name: (node.module, alias.name)
-                for node in imports
-                for alias in node.names
+                alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names
             }
         if name in self._origins:
             module, original = self._origins[name]

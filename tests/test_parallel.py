@@ -1,0 +1,79 @@
+"""Two CPU ranks (gloo): every split of the model and the data gives the losses of one process."""
+
+import json
+import sys
+
+import pytest
+from conftest import SMALL, recipe, run
+
+pytestmark = pytest.mark.slow
+STEPS = ["train.train_iters=20", "validation.eval_interval=20", "model.num_query_groups=2"]
+
+
+def losses(run_dir, key="loss"):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def train(ranks, data, run_dir, *overrides):
+    arguments = [f"data={data}", f"run_dir={run_dir}", *SMALL, *STEPS, *overrides]
+    if ranks == 1:
+        done = recipe("train", *arguments)
+    else:
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+        done = run(sys.executable, *launcher, "recipes/train.py", *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return losses(run_dir)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_data, tmp_path_factory):
+    """A checkpoint to start from: random weights are drawn in another order when the model is split."""
+    run_dir = tmp_path_factory.mktemp("weights") / "run"
+    train(1, tiny_data, run_dir, "train.train_iters=1")
+    return f"init_from={run_dir}/checkpoints"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data, weights, tmp_path_factory):
+    return train(1, tiny_data, tmp_path_factory.mktemp("alone") / "run", weights)
+
+
+SPLITS = {
+    "DP": [],
+    "TP": ["model.tensor_model_parallel_size=2"],
+    "PP": ["model.pipeline_model_parallel_size=2"],
+    "CP": ["model.context_parallel_size=2"],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_split_run_has_the_losses_of_one_process(split, tiny_data, weights, alone, tmp_path):
+    split_losses = train(2, tiny_data, tmp_path / "run", weights, *SPLITS[split])
+    assert len(split_losses) == 20
+    assert split_losses == pytest.approx(alone, abs=1e-4)
+    if split != "TP":
+        return
+    # What two tensor-parallel ranks saved, one rank and two data-parallel ranks continue alike.
+    saved = f"init_from={tmp_path}/run/checkpoints"
+    one = train(1, tiny_data, tmp_path / "one", saved, "train.train_iters=3")
+    two = train(2, tiny_data, tmp_path / "two", saved, "train.train_iters=3")
+    assert one == pytest.approx(two, abs=1e-4)
+    assert one[1] < alone[1] - 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.provider=HybridModelProvider", "model.hybrid_layer_pattern=M*-"], "Mamba layers"),
+        (["model.tensor_model_parallel_size=4"], "start a multiple of 4"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_in_one_line(overrides, message, tiny_data, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/train.py"]
+    done = run(
+        sys.executable, *launcher, f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, *overrides, timeout=120
+    )
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert told and all(message in line for line in told)
