@@ -1,6 +1,6 @@
 # Two commands matter: `make smoke` (the whole job, small, on this machine) and `make test`.
 # Both create .venv when it is missing or out of date.
-.PHONY: setup setup-container smoke test lint bench-prep bench-packing slurm-smoke clean
+.PHONY: setup setup-container smoke test lint bench-prep bench-packing bench-loader slurm-smoke clean
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
@@ -42,6 +42,12 @@ lint: $(READY)
 
 bench-prep: $(READY)
 	$(PYTHON) bench/prep.py
+
+bench-loader: $(READY)
+	$(PYTHON) bench/loader.py
+
+slurm-smoke: $(READY)
+	$(PYTHON) tests/slurm/smoke.py
 
 bench-packing: $(READY)
 	$(PYTHON) bench/packing.py

@@ -40,6 +40,18 @@ def recipe(name, *overrides, **kwargs):
 
 
 @pytest.fixture(scope="session")
+def bridge():
+    """Megatron-Bridge in this process, on the CPU. For the whole session: afterwards CUDA seems to be available."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("tests the CPU path")
+    from nemotron_sft.megatron.run import start_bridge
+
+    assert start_bridge()
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """The tiny blend, prepared once by the command a user would type."""
     out = tmp_path_factory.mktemp("data") / "tiny"

@@ -94,20 +94,8 @@ def converted(hf_models, tiny_data, tmp_path_factory):
 def trained(hf_models, tiny_data, tmp_path_factory):
     """Qwen3 after some training, exported."""
     run_dir = tmp_path_factory.mktemp("trained") / "qwen3"
-    options = ["train.train_iters=30", "optimizer.lr=1e-2", "export.hf=true"]
+    options = ["train.train_iters=60", "optimizer.lr=1e-2", "export.hf=true"]
     return run_dir, train(tiny_data, run_dir, f"model.hf={hf_models}/qwen3", *options)
-
-
-@pytest.fixture(scope="module")
-def bridge():
-    """Megatron-Bridge in this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("tests the CPU path")
-    from nemotron_sft.megatron.run import start_bridge
-
-    assert start_bridge()
 
 
 @pytest.mark.slow

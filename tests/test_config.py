@@ -12,6 +12,11 @@ from nemotron_sft.bridge_fields import SECTIONS, bridge_fields
 from nemotron_sft.errors import UserError
 
 SCHEMAS = {"prep": config.Prep, "train": config.TrainConfig}
+MANDATORY = {  # what an option leaves to the user
+    "blend=file": "blend.path=mine.json",
+    "template=file": "template.name=mine.jinja",
+    "model=hf": "model.hf=Qwen/Qwen3-8B",
+}
 
 
 def groups_of(name):
@@ -35,10 +40,8 @@ def composed(name, *overrides):
 @pytest.mark.parametrize(("name", "option"), list(options()))
 def test_every_option_composes_and_checks(name, option):
     extra = [option] if option else []
-    if option == "blend=file":
-        extra.append("blend.path=mine.json")
-    if option == "template=file":
-        extra.append("template.name=mine.jinja")
+    if option in MANDATORY:
+        extra.append(MANDATORY[option])
     if option and option.startswith("experiment="):
         app_of = re.search(r"recipes/(\w+)\.py", (app.CONF / "experiment" / f"{option[11:]}.yaml").read_text())[1]
         if app_of != name:
@@ -76,6 +79,7 @@ def test_bridge_fields_are_those_of_the_classes():
         "optimizer": "adam_eps use_distributed_optimizer",
         "scheduler": "lr_warmup_iters max_steps",
         "checkpoint": "most_recent_k async_save",
+        "peft": "dim alpha target_modules",
         "ddp": "overlap_grad_reduce grad_reduce_in_fp32",
         "logger": "log_interval tensorboard_dir",
         "dist": "distributed_timeout_minutes",

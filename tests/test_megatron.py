@@ -88,17 +88,9 @@ def test_validation_holds_every_pack_once_and_then_padding(split):
 
 
 @pytest.fixture(scope="module")
-def model():
-    """A small Megatron-Core GPT on the CPU, in Bridge's distributed set-up of one process."""
+def model(bridge):
+    """A small Megatron-Core GPT on the CPU, in Bridge's distributed set-up of one process (tests/gpu: on a GPU)."""
     import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("tests the CPU path; tests/gpu has the same on a GPU")
-    from nemotron_sft.megatron.host import use_cpu
-    from nemotron_sft.megatron.slim import slim_imports
-
-    slim_imports()
-    use_cpu()
     from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 

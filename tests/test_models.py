@@ -21,16 +21,8 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cpu(tmp_path_factory):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("plans for GPUs on a machine without")
-    from nemotron_sft.megatron.host import use_cpu
-    from nemotron_sft.megatron.slim import slim_imports
-
-    slim_imports()
-    use_cpu()
+def offline(bridge, tmp_path_factory):
+    """Bridge, with an empty hub cache and no way to the hub."""
     offline = pytest.MonkeyPatch()
     offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     offline.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("empty")))

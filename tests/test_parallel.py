@@ -66,7 +66,7 @@ def test_split_run_has_the_losses_of_one_process(split, tiny_data, weights, alon
     ("overrides", "message"),
     [
         (["model.provider=HybridModelProvider", "model.hybrid_layer_pattern=M*-"], "Mamba layers"),
-        (["model.tensor_model_parallel_size=4"], "start a multiple of 4"),
+        (["model.tensor_model_parallel_size=4", "model.num_attention_heads=4"], "start a multiple of 4"),
     ],
 )
 def test_what_cannot_run_here_is_refused_in_one_line(overrides, message, tiny_data, tmp_path):

@@ -97,8 +97,8 @@ def test_unwritable_run_directory_is_one_line(tiny_data):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    if run("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path).returncode:
+    """A file system of 1 MB: less than a checkpoint."""
+    if run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield tmp_path
     run("umount", tmp_path)

@@ -63,8 +63,12 @@ def build(
         train.micro_batch_size = config.train.packs_per_microbatch
     elif gpu_bytes:
         train.micro_batch_size = gpu.packs_per_row(container, world_size, gpu_bytes)
-    # A row padded for context parallelism has a length of its own, which pipeline stages must be told.
-    model.variable_seq_lengths |= model.context_parallel_size > 1 and model.pipeline_model_parallel_size > 1
+    # Pipeline stages expect rows of one pack; of several joined, or padded for context parallelism, they must be told.
+    longer = train.micro_batch_size > 1 or model.context_parallel_size > 1
+    if longer and model.pipeline_model_parallel_size > 1:
+        model.variable_seq_lengths = True
+        if model.moe_token_dispatcher_type == "allgather":  # core refuses it for such rows, even without experts
+            model.moe_token_dispatcher_type = "alltoall"
     check_topology(model, world_size, train.micro_batch_size * model.seq_length)
     step = train.micro_batch_size * _replicas(model, world_size)
     if train.global_batch_size % step:

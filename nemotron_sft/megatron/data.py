@@ -1,4 +1,4 @@
-"""Memory-mapped packs -> Megatron batches.
+"""Packs on disk -> Megatron batches.
 
 One sample is one pack. The packs of a micro batch are joined into a single row of
 `packs * pack_size` tokens in THD layout, where cu_seqlens keeps every document to itself; so the row length that
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,12 @@ class PackedDataset:
         context_parallel: int = 1,
         tensor_parallel: int = 1,
     ):
-        self.packs = open_packs(path)
-        self.length, self.seed, self.once_in = length, seed, once_in
+        packs = open_packs(path)
+        self.count, self.length, self.seed, self.once_in = len(packs), length, seed, once_in
         self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
-        # A record also carries its number, by which an error can name it.
-        self.dtype = np.dtype([(name, self.packs.dtype[name]) for name in self.packs.dtype.names] + [("number", "<i8")])
+        # Read, not mapped: pages that were touched would count as this process's memory.
+        self.file, self.offset, self.bytes = open(path, "rb", buffering=0), packs.offset, packs.dtype.itemsize
+        self.dtype = _numbered(packs.dtype)
 
     def __len__(self) -> int:
         return self.length
@@ -50,9 +52,9 @@ class PackedDataset:
         """Which pack sample `index` is; None for a sample of padding only."""
         if self.once_in:
             position = index % self.once_in
-            return position if position < len(self.packs) else None
-        epoch, position = divmod(index, len(self.packs))
-        return int(_permutation(len(self.packs), self.seed, epoch)[position])
+            return position if position < self.count else None
+        epoch, position = divmod(index, self.count)
+        return int(_permutation(self.count, self.seed, epoch)[position])
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.__getitems__([index])
@@ -61,15 +63,25 @@ class PackedDataset:
         """The records of a micro batch: a structured array (len(indices),) of nemotron_sft.packed's fields and
         `number` int64, the place in the file, or -1 for padding."""
         records = np.zeros(len(indices), self.dtype)
-        for record, number in zip(records, map(self.pack_number, indices), strict=True):
-            record["number"] = -1 if number is None else number
+        raw = records.view(np.uint8).reshape(len(indices), -1)
+        for i, number in enumerate(map(self.pack_number, indices)):
+            records["number"][i] = -1 if number is None else number
             if number is not None:
-                for name in self.packs.dtype.names:
-                    record[name] = self.packs[name][number]
+                os.preadv(self.file.fileno(), [raw[i, : self.bytes]], self.offset + number * self.bytes)
         return records
 
     def collate_fn(self, records: np.ndarray) -> dict:
         return collate(records, self.context_parallel, self.tensor_parallel)
+
+
+def _numbered(dtype: np.dtype) -> np.dtype:
+    """`dtype` as it lies in the file, with the record's `number` behind it, by which an error can name it."""
+    names, size = dtype.names, -(-dtype.itemsize // 8) * 8
+    offsets = [dtype.fields[name][1] for name in names]
+    formats = [dtype[name] for name in names]
+    return np.dtype(
+        {"names": [*names, "number"], "formats": [*formats, "<i8"], "offsets": [*offsets, size], "itemsize": size + 8}
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -109,9 +121,9 @@ def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int
     cu_seqlens = np.unique(np.append(records["cu_seqlens"] + offsets, np.arange(packs + 1) * pack_size))
     last = cu_seqlens[1:] - 1
 
-    labels = np.roll(tokens, -1)
-    loss_mask = np.roll(mask, -1).astype(np.float32)
-    labels[last], loss_mask[last] = 0, 0
+    labels, trained = np.append(tokens[1:], 0), np.append(mask[1:], 0) != 0
+    labels[last], trained[last] = 0, False
+    loss_mask = trained.astype(np.float32)
     row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
     padded = None
     if context_parallel > 1:
@@ -128,20 +140,21 @@ def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int
             shared = torch.from_numpy(boundaries.astype(np.int32))[None]
             batch |= {f"cu_seqlens_q{suffix}": shared, f"cu_seqlens_kv{suffix}": shared}
     longest = torch.tensor(int(np.diff(in_row).max()), dtype=torch.int32)
-    batch["trained_positions"] = torch.from_numpy(_trained_first(row["loss_mask"], 128))
+    batch["trained_positions"] = torch.from_numpy(_trained_first(row["loss_mask"] != 0, 128))
     counts = {
         "tokens": int(in_row[-1]),
-        "trained": int(loss_mask.sum()),
+        "trained": int(trained.sum()),
         "squares": int((lengths**2).sum()),
         "packs": records["number"].tolist() if "number" in records.dtype.names else [],
     }
     return batch | {"max_seqlen_q": longest, "max_seqlen_kv": longest, "counts": counts}
 
 
-def _trained_first(loss_mask: np.ndarray, multiple: int) -> np.ndarray:
-    """Positions with a loss, filled up with others to a multiple that matrix products like: int64 (k,), distinct."""
-    trained = np.flatnonzero(loss_mask)
-    return np.append(trained, np.flatnonzero(loss_mask == 0)[: -len(trained) % multiple])
+def _trained_first(trained: np.ndarray, multiple: int) -> np.ndarray:
+    """Where `trained` (T,) bool is true, filled up with other positions to a multiple that matrix products like:
+    int64 (k,), distinct."""
+    positions = np.flatnonzero(trained)
+    return np.append(positions, np.flatnonzero(~trained)[: -len(positions) % multiple])
 
 
 def _is_document(records: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
