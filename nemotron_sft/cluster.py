@@ -145,12 +145,25 @@ def launch(app: str, configs: list[DictConfig]) -> int:
         for cfg in configs:
             print(f"# config\n{OmegaConf.to_yaml(cfg)}")
         for script in scripts:
-            print(f"# {folder / script.file}\n{script.text}")
+            print(f"# {folder / script.file}\n{script.text}", flush=True)
+        if app == "train":
+            preflight(configs)
         return 0
     store(configs, folder)
     tasks = submit(scripts, folder)
     announce(app, configs, scripts, folder)
     return follow(tasks) if slurm.wait else 0
+
+
+def preflight(configs: list[DictConfig]) -> None:
+    """Print what each run would need. Takes seconds, and Megatron-Bridge, which a login node may not have."""
+    try:
+        from nemotron_sft.megatron.run import plan
+
+        for cfg in configs:
+            plan(check(cfg, TrainConfig))
+    except ImportError as error:
+        print(f"# no preflight here: {error}")
 
 
 def job_name(app: str, cfg: DictConfig) -> str:

@@ -184,7 +184,8 @@ class Tracker:
         made = wandb.Artifact(_name(entry["artifact"]), type=kind, metadata=entry["metadata"] | about)
         facts = {key: entry[key] for key in ("artifact", "digest", "files")}
         # Copies, inside the run's directory: the originals may have changed when an offline run is uploaded.
-        copies = Path(self.run.dir).parent / "artifacts" / f"{_name(entry['artifact'])}-{(entry['digest'] or '')[:12]}"
+        folder = Path(self.run.dir).absolute().parent / "artifacts"
+        copies = folder / f"{_name(entry['artifact'])}-{(entry['digest'] or '')[:12]}"
         copies.mkdir(parents=True, exist_ok=True)
         self._add_json(made, copies / "artifact.json", facts)
         root = Path(entry["path"]).absolute()

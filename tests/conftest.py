@@ -60,3 +60,7 @@ def tiny_data(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return next(path.parent for path in out.parent.rglob("metadata.json"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--wandb-project", help="ENTITY/PROJECT on a W&B server, for the one test that needs an account")

@@ -42,7 +42,8 @@ class PackedDataset:
         self.count, self.length, self.seed, self.once_in = len(packs), length, seed, once_in
         self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
         # Read, not mapped: pages that were touched would count as this process's memory.
-        self.file, self.offset, self.bytes = open(path, "rb", buffering=0), packs.offset, packs.dtype.itemsize
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as there is a data set
+        self.offset, self.bytes = packs.offset, packs.dtype.itemsize
         self.dtype = _numbered(packs.dtype)
 
     def __len__(self) -> int:

@@ -229,22 +229,17 @@ def memory(container, world_size: int) -> dict[str, float] | None:
     model, parts = container.model, sizes(container.model)
     if parts is None:
         return None
-    tensor, pipeline, context = (
-        model.tensor_model_parallel_size,
-        model.pipeline_model_parallel_size,
-        model.context_parallel_size,
-    )
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     expert_group = model.expert_model_parallel_size * (model.expert_tensor_parallel_size or tensor)
     stages = _stages(parts, pipeline)
     weight, gradient, state = _bytes_per_parameter(container)
     sharded = container.ddp.use_distributed_optimizer or container.optimizer.use_distributed_optimizer
     dense_copies = world_size // (tensor * pipeline) if sharded else 1
     expert_copies = max(1, world_size // (expert_group * pipeline)) if sharded else 1
-    row = container.train.micro_batch_size * model.seq_length / context
+    row = container.train.micro_batch_size * model.seq_length / model.context_parallel_size
     trained = 1.0 if container.peft is None else 0.0  # adapters are small beside everything else
     estimates = []
-    for index, stage in enumerate(stages):
-        dense, experts = stage.dense / tensor, stage.experts / expert_group
+    for index, (stage, (dense, experts)) in enumerate(zip(stages, _held(model, parts), strict=True)):
         in_flight = pipeline - index  # micro batches whose backward pass is still to come (1F1B schedule)
         saved = stage.saved
         if model.recompute_granularity == "full":  # the input of each layer, and one layer in full
@@ -269,6 +264,14 @@ def _stages(parts: Sizes, pipeline: int) -> list[Part]:
     stages = [sum(parts.layers[i * share : (i + 1) * share], Part()) for i in range(pipeline)]
     stages[0], stages[-1] = stages[0] + parts.embedding, stages[-1] + parts.head
     return stages
+
+
+def _held(model, parts: Sizes) -> list[tuple[float, float]]:
+    """Parameters outside of and in experts on a GPU of each pipeline stage."""
+    tensor = model.tensor_model_parallel_size
+    expert_group = model.expert_model_parallel_size * (model.expert_tensor_parallel_size or tensor)
+    stages = _stages(parts, model.pipeline_model_parallel_size)
+    return [(stage.dense / tensor, stage.experts / expert_group) for stage in stages]
 
 
 def _bytes_per_parameter(container) -> tuple[float, float, float]:
@@ -298,6 +301,7 @@ def describe(container, metadata: dict | None, world_size: int) -> dict[str, str
     if parts:
         whole = parts.whole
         rows["parameters"] = f"{whole.dense + whole.experts:,} total, {whole.active:,} active for a token"
+        rows["on one GPU"] = f"at most {max(sum(held) for held in _held(model, parts)):,.0f} of the parameters"
     else:
         rows["parameters"] = "not counted: the model has multi-latent attention"
     replicas = world_size // (

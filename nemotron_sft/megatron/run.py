@@ -145,7 +145,8 @@ def export_run(config: TrainConfig) -> None:
 
 def plan(config: TrainConfig) -> None:
     """Print what the run would need, on any machine and without weights; see `preflight`. Data may still be missing."""
-    given = config.cluster.get("nodes", 1) * (config.cluster.get("gpus_per_node") or 1)
+    tasks = config.cluster.get("tasks_per_node") or config.cluster.get("gpus_per_node") or 1
+    given = config.cluster.get("nodes", 1) * tasks
     world_size = config.world_size or int(os.environ.get("WORLD_SIZE", given))
     data_dir = metadata = None
     with contextlib.suppress(UserError):  # it may not have been prepared yet

@@ -146,14 +146,17 @@ def test_detached_in_three_seconds(stub):
     assert "ranks [0, 1]" in (folder / f"{job}_0_log.out").read_text()
 
 
-def test_dry_run_touches_nothing(stub):
+def test_dry_run_touches_nothing(stub, tiny_data):
     def seen():  # byte code apart
         return sorted(p for p in stub.path.rglob("*") if "__pycache__" not in p.parts), queue()
 
     before = seen()
-    done = stub.run("train", *STUB, "cluster.dry_run=true", "optimizer.lr=1e-5")
+    options = [f"data={tiny_data}", "cluster.nodes=2", "cluster.tasks_per_node=2", "optimizer.lr=1e-5",
+               "train.global_batch_size=16"]  # fmt: skip
+    done = stub.run("train", *options, "cluster.dry_run=true")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --ntasks-per-node=2" in done.stdout and "lr: 1.0e-05" in done.stdout
+    assert "processes        4 = 4 data x 1 tensor" in done.stdout and "memory per GPU" in done.stdout
     assert seen() == before
 
 
