@@ -48,6 +48,9 @@ def run(task: Callable, config_name: str) -> None:
             task(cfg)
         except UserError as error:  # caught here, because Hydra would add a line of its own
             fail(str(error))
+        except BrokenPipeError:  # `... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + 13)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()

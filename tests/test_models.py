@@ -68,6 +68,9 @@ def test_every_model_passes_preflight(name, hf_dir):
     rows = preflight.describe(planned, None, 16)
     total = int(re.match(r"([\d,]+) total", rows["parameters"])[1].replace(",", ""))
     assert total == PUBLISHED.get(name, total) > 0
+    parts = preflight.sizes(planned.model)
+    for pipeline in (1, 2, 3):  # every parameter is on some stage, and on one
+        assert sum(preflight._stages(parts, pipeline), preflight.Part()) == parts.whole
     assert "GiB" in rows["memory per GPU"] and rows["processes"].startswith("16 = ")
 
 
@@ -157,6 +160,14 @@ def test_unknown_architectures_and_recipes_are_one_line(hf_dir):
         container(1, "model=hf", "model.hf=/nowhere/at/all")
     with pytest.raises(UserError, match="no such function below megatron"):
         container(1, "model=qwen3_8b", "model.recipe=qwen.qwen3.qwen3_9b_sft_config")
+
+
+def test_the_small_nano_for_one_gpu_has_all_of_its_kinds_of_layers():
+    from nemotron_sft.megatron import preflight
+
+    planned = container(1, "experiment=tiny_gpu", "model.vocab_size=2048")
+    assert preflight.layer_kinds(planned.model) == {"mamba", "attention", "moe"}
+    assert preflight.memory(planned, 1)["total"] < 4 * 2**30
 
 
 def test_preflight_prints_and_writes_nothing(tmp_path):

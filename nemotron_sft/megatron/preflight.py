@@ -262,7 +262,8 @@ def _stages(parts: Sizes, pipeline: int) -> list[Part]:
     """Layers in equal shares, with the embedding in the first stage and the head in the last."""
     share = -(-len(parts.layers) // pipeline)
     stages = [sum(parts.layers[i * share : (i + 1) * share], Part()) for i in range(pipeline)]
-    stages[0], stages[-1] = stages[0] + parts.embedding, stages[-1] + parts.head
+    stages[0] += parts.embedding  # one after the other: they may be the same stage
+    stages[-1] += parts.head
     return stages
 
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -59,6 +60,7 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
     composed.data.path = str(data_dir)  # a resumed run, or an export, means the same data whatever is newest by then
     if config.peft.scheme or not resume_from(config, run_dir):
         config.init_from = starting_point(config.init_from) or "random"
+    created = rank == 0 and not run_dir.exists()
     if rank == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -83,9 +85,14 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
             from nemotron_sft.megatron.host import adapt
         imported = time.time() - STARTED
         gpu_bytes = None if on_cpu else torch.cuda.get_device_properties().total_memory
-        container = build(config, metadata, data_dir, run_dir, world_size, gpu_bytes)
-        if on_cpu:
-            adapt(container)
+        try:
+            container = build(config, metadata, data_dir, run_dir, world_size, gpu_bytes)
+            if on_cpu:
+                adapt(container)
+        except UserError:
+            if created:
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
         if not container.train.train_iters:
             if world_size > 1:
                 raise UserError("train.train_iters=0 only converts weights, in one process: start it without torchrun")
