@@ -36,7 +36,7 @@ def run(task: Callable, config_name: str) -> None:
 
     # Let exceptions reach us instead of Hydra's own reporter, which exits with 1 and hides the key's neighbours.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = [open_key(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [open_key(part) for argument in sys.argv[1:] for part in spelled_out(argument)]
 
     @functools.wraps(task)
     def guarded(cfg):
@@ -69,6 +69,14 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def spelled_out(argument: str) -> list[str]:
+    """`blend=my.json` as `blend=file blend.path=my.json`, and `template=my.jinja` alike."""
+    if match := re.fullmatch(r"(?:(blend)=[^,]+\.(?:json|ya?ml)|(template)=[^,]+\.(?:jinja2?|j2))", argument):
+        group = match[1] or match[2]
+        return [f"{group}=file", f"{group}.{'path' if match[1] else 'name'}={argument.partition('=')[2]}"]
+    return [argument]
+
+
 def open_key(argument: str) -> str:
     """`a.b=1` becomes `++a.b=1`, so that Hydra lets every dotted key pass and config.check judges them all.
 
@@ -89,7 +97,8 @@ def explain(error: Exception, config_name: str) -> str:
     groups = [entry.name for entry in CONF.iterdir() if entry.is_dir()]
     if match := re.search(r"Could not override '([\w.]+)'", text):
         key = match[1]
-        top = re.findall(r"^(\w+):", (CONF / f"{config_name}.yaml").read_text(), flags=re.MULTILINE)
+        found = re.findall(r"^(\w+):", (CONF / f"{config_name}.yaml").read_text(), flags=re.MULTILINE)
+        top = [name for name in found if name not in ("defaults", "hydra")]
         best = nearest(key, [*top, *groups])
         return f"unknown key {key}" + (f": did you mean {best}?" if best else f": known keys: {', '.join(top)}")
     if match := re.search(r"Could not find '([\w.-]+)/([\w./-]+)'", text):

@@ -2,7 +2,7 @@
 
     {"datasets": [{"name": "chat", "path": "org/name", "split": "train", "weight": 1.0}, ...]}
 
-written in conf/blend/NAME.yaml, or in any JSON or YAML file given as `blend=file blend.path=FILE`.
+written in conf/blend/NAME.yaml, or in any JSON or YAML file given as `blend=FILE`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def load_blend(blend: config.Blend) -> tuple[str, list[Dataset]]:
     """
     name, entries, where = blend.name, blend.datasets, f"blend {blend.name}"
     if not blend.path and not blend.datasets:
-        raise UserError("no blend: say blend.path=FILE with blend=file, or blend=NAME for one in conf/blend")
+        raise UserError("no blend: say blend=FILE, or blend=NAME for one in conf/blend")
     if blend.path:
         path = Path(blend.path).expanduser()
         name, entries, where = (name or path.stem), _read(path), str(path)
@@ -71,7 +71,7 @@ def _read(path: Path) -> Any:
     import yaml
 
     if not path.is_file():
-        raise UserError(f"no blend file {path}: give an existing JSON or YAML file as blend.path=FILE")
+        raise UserError(f"no blend file {path}: give an existing JSON or YAML file as blend=FILE")
     try:
         content = yaml.safe_load(path.read_text())  # JSON is YAML too
     except (yaml.YAMLError, UnicodeDecodeError) as error:

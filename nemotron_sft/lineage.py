@@ -280,7 +280,10 @@ def show(path: str) -> None:
     found = find(path)
     if not found:
         raise UserError(f"no {FILE} in {path}: give a run directory, a checkpoint of one, or prepared data")
-    console().print(tree(found, Path(path)), soft_wrap=True)
+    out = console()
+    if not out.is_terminal:
+        out.width = 1000  # a tree is cut to the width, whatever soft_wrap says
+    out.print(tree(found, Path(path)), soft_wrap=True)
 
 
 def tree(record: dict, path: Path):

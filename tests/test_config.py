@@ -89,6 +89,19 @@ def test_bridge_fields_are_those_of_the_classes():
         assert set(names.split()) <= bridge_fields(section), section
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("blend=a/my.json", ["blend=file", "blend.path=a/my.json"]),
+        ("template=b/my.jinja", ["template=file", "template.name=b/my.jinja"]),
+        ("blend=tiny", ["blend=tiny"]),
+        ("blend.path=my.json", ["blend.path=my.json"]),
+    ],
+)
+def test_files_may_stand_where_an_option_does(typed, meant):
+    assert app.spelled_out(typed) == meant
+
+
 def test_nearest():
     assert config.nearest("learning_rate", ["lr", "min_lr"]) == "lr"
     assert config.nearest("warmupiters", ["lr_warmup_iters", "warmup_iters"]) == "warmup_iters"

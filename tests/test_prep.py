@@ -599,7 +599,7 @@ def test_command(tmp_path):
     bad = command("blend=file", "blend.path=nowhere.json", cwd=tmp_path)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.strip().splitlines() == [
-        "error: no blend file nowhere.json: give an existing JSON or YAML file as blend.path=FILE"
+        "error: no blend file nowhere.json: give an existing JSON or YAML file as blend=FILE"
     ]
 
 
