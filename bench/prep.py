@@ -3,10 +3,10 @@
     python bench/prep.py [repeats=3] [megabytes=96] [large=800] [work=output/bench] [out=bench/prep.json]
 
 Two corpora: short multi-turn chats (the chitchat-dataset package, fetched from PyPI into `work`) and long answers
-(Python sources of the packages installed here). The tokenizer has 131,072 entries: the tekken vocabulary that
-mistral-common ships, as a tokenizer.json.
+(Python sources of the packages installed here, 12,000 characters of them at a time). The tokenizer has 131,072
+entries: the tekken vocabulary that mistral-common ships, as a tokenizer.json.
 
-The runners, each in a process of its own with one thread, taking turns so that a noisy machine disturbs all alike:
+The runners, each in a process of its own on one core, taking turns so that a noisy machine disturbs all alike:
 
     prep       recipes/prep.py's whole work with workers=1: JSONL -> template -> tokens -> split -> packs -> .npy,
                report and commit; loading the tokenizer included
@@ -16,8 +16,8 @@ The runners, each in a process of its own with one thread, taking turns so that 
     encode     tokenizers' encode_batch_fast on text that is rendered already: what tokenization alone costs
 
 Rates are tokens per second of CPU time, which other programs on the machine disturb least; the slow runners get the
-beginning of the corpus. Two workers against one is measured by the clock, on `large` megabytes (0 leaves it out),
-and needs two idle cores.
+beginning of the corpus. Two workers on two cores against one on one core is measured by the clock, on `large`
+megabytes (0 leaves it out), and needs two idle cores.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def short_chats(work: Path) -> Iterator[dict]:
 
 
 def long_answers() -> Iterator[dict]:
-    """Questions about installed modules, answered with their source text, at most 12,000 characters of it."""
+    """Questions about parts of installed modules, answered with their source text."""
     import sysconfig
 
     for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")[:12_000]
-        if len(text) >= 2000:
-            question = f"What is in the module {path.stem}, and how is it written?"
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            yield {"messages": messages}
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for part, start in enumerate(range(0, len(text) - 1999, 12_000), start=1):
+            question = f"What is in part {part} of the module {path.stem}, and how is it written?"
+            answer = text[start : start + 12_000]
+            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def write_corpus(path: Path, rows, size: int) -> None:
@@ -235,7 +235,7 @@ def cpu_seconds() -> float:
 
 
 def measure(work: Path, runner: str, corpus: str, workers: int = 1) -> dict:
-    """One run in a fresh process with one thread per worker."""
+    """One run in a fresh process with a core for every worker."""
     command = [
         sys.executable,
         __file__,
@@ -253,6 +253,7 @@ def measure(work: Path, runner: str, corpus: str, workers: int = 1) -> dict:
 
 
 def child(work: Path, runner: str, corpus: str, workers: int) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
     if runner == "prep":
         print(json.dumps(run_prep(work, corpus, workers)))
     else:

@@ -117,11 +117,13 @@ def _checked_tools(tools: Any) -> list[dict]:
 
 def _thinks(messages: list[dict]) -> bool:
     """Whether an answer carries reasoning, in its own field or written into the content."""
-    return any(
-        message.get("reasoning_content")
-        or (message["role"] == "assistant" and _inline_thinking.search(message["content"]))
-        for message in messages
-    )
+    for message in messages:
+        if message.get("reasoning_content"):
+            return True
+        content = message["content"]
+        if message["role"] == "assistant" and "</think>" in content and _inline_thinking.search(content):
+            return True
+    return False
 
 
 _inline_thinking = re.compile(r"<think>(?!</think>).*</think>", re.DOTALL)
@@ -200,7 +202,7 @@ class Template:
 
 def _last_user(messages: list[dict]) -> int:
     """Index of the last user message, -1 without one."""
-    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    return next((i for i in range(len(messages) - 1, -1, -1) if messages[i]["role"] == "user"), -1)
 
 
 def _turns(messages: list[dict]) -> list[tuple[int, int]]:
@@ -260,8 +262,8 @@ class Nano3(Template):
     def _sequences(self, messages: list[dict], tools: list[dict]) -> list[list[Span]]:
         system, rest = _opening_block(messages, tools)
         if self.history == "keep" or not _thinks(messages):
-            turns = _turns(rest)
-            first_trained = turns[-1][0] if turns and self.mask == "last_turn" else 0
+            turns = _turns(rest) if self.mask == "last_turn" else []
+            first_trained = turns[-1][0] if turns else 0
             spans = [("system", system)]
             self._append(spans, rest, 0, len(rest), _last_user(rest), first_trained)
             return [spans]
@@ -301,7 +303,7 @@ class Nano3(Template):
             before, text = spans[-1]
             if role == "assistant":
                 answer = _answer(rest[i], i < last_user and not keep)
-                opening = next((opening for opening in _OPENINGS if answer.startswith(opening)), "")
+                opening = _opening(answer)
                 role = "assistant" if i >= first_trained else "history"
                 if self.train_generation_prompt:
                     spans.append((role, _ANSWER + opening))
@@ -314,6 +316,14 @@ class Nano3(Template):
                 spans[-1] = (before, text + _block(rest, i))
             else:
                 spans.append((role, _block(rest, i)))
+
+
+def _opening(answer: str) -> str:
+    """What of an answer the generation prompt holds already."""
+    for opening in _OPENINGS:
+        if answer.startswith(opening):
+            return opening
+    return ""
 
 
 def _opening_block(messages: list[dict], tools: list[dict]) -> tuple[str, list[dict]]:
@@ -340,6 +350,8 @@ def _block(rest: list[dict], i: int) -> str:
 def _answer(message: dict, forget: bool) -> str:
     """The text of an answer between its two ChatML lines; `forget` takes its reasoning out."""
     content, reasoning = message["content"], message.get("reasoning_content")
+    if not reasoning and not message.get("tool_calls") and "think>" not in content:  # most are so: the rest in brief
+        return f"<think></think>{content}".rstrip()
     if isinstance(reasoning, str) and reasoning.strip():
         content = f"<think>\n{reasoning}\n</think>\n{content}"
     elif "<think>" not in content and "</think>" not in content:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -48,9 +49,11 @@ class AtomicFile:
 
     Killed in the middle it leaves `.<name>.tmp`, which the next writer of the same path takes over; while a
     writer lives, a second one is refused with a UserError. `bytes` and `sha256` describe what was written.
+    threads: with more than one, what is written is hashed at the same time.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, threads: int = 1):
+        self._hashing = ThreadPoolExecutor(1) if threads > 1 else None
         self.path = Path(path)
         self.temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.bytes = 0
@@ -72,8 +75,13 @@ class AtomicFile:
     def write(self, data) -> int:
         """Append any bytes-like object."""
         data = memoryview(data).cast("B")
-        self._file.write(data)
-        self._digest.update(data)
+        if self._hashing:
+            hashed = self._hashing.submit(self._digest.update, data)
+            self._file.write(data)
+            hashed.result()
+        else:
+            self._file.write(data)
+            self._digest.update(data)
         self.bytes += data.nbytes
         return data.nbytes
 
@@ -94,6 +102,8 @@ class AtomicFile:
                 self.temporary.unlink(missing_ok=True)
         finally:
             self._file.close()  # and with it the lock
+            if self._hashing:
+                self._hashing.shutdown()
 
     @property
     def sha256(self) -> str:
@@ -110,8 +120,8 @@ class PackWriter:
     Raises ValueError, and leaves no file, when the number of records is not `packs`.
     """
 
-    def __init__(self, path: str | Path, packs: int, dtype: np.dtype):
-        self.file = AtomicFile(path)
+    def __init__(self, path: str | Path, packs: int, dtype: np.dtype, threads: int = 1):
+        self.file = AtomicFile(path, threads)
         self.packs, self.dtype, self.written = packs, dtype, 0
 
     def __enter__(self):
@@ -224,7 +234,7 @@ def open_packs(path: str | Path) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
-def write_packs(path: str | Path, chunks: Iterable[np.ndarray], packs: int) -> dict:
+def write_packs(path: str | Path, chunks: Iterable[np.ndarray], packs: int, threads: int = 1) -> dict:
     """Write chunks of records, `packs` (at least one) in all, in the format that the name asks for.
 
     `.idx.parquet` is Bridge's, everything else .npy. Returns what metadata.json says of a split: packs,
@@ -235,7 +245,7 @@ def write_packs(path: str | Path, chunks: Iterable[np.ndarray], packs: int) -> d
     first = next(chunks)
     kind = ParquetWriter if path.suffix == ".parquet" else PackWriter
     sequences = tokens = trained = 0
-    with kind(path, packs, first.dtype) as writer:
+    with kind(path, packs, first.dtype, threads) as writer:
         for records in chain([first], chunks):
             writer.write(records)
             sequences += int((np.diff(records["cu_seqlens"]) > 0).sum())

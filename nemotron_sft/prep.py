@@ -68,7 +68,7 @@ def run(cfg: Prep) -> dict:
             and (cfg.force or not (directory / "metadata.json").exists())
         ):
             pool = stack.enter_context(start_workers(workers, cfg))  # they get ready while the plan is made
-        todo = plan(cfg, inputs)
+        todo = plan(cfg, inputs, pool)
         stack.enter_context(disk_errors(directory))
         stack.enter_context(locked(directory))
         if cfg.force:
@@ -177,7 +177,7 @@ def run_units(todo: Plan, pool: Executor | None = None, mine: Sequence[Unit] | N
     waiting = [unit for unit in chosen if not todo.spool(unit).exists()]
     if not waiting:
         return
-    todo = trusted(todo)
+    todo = trusted(todo, pool)
     total = sum(unit.bytes for unit in chosen)
     tokens, started = 0, time.monotonic()
     with progress("tokenizing", total) as advance:
@@ -311,7 +311,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         "wall_seconds": round(seconds, 3),
         "tokens_per_second": round(sum(part["tokens"] for part in splits.values()) / seconds),
     }  # fmt: skip
-    report.write_report(directory, metadata)
+    report.write_report(directory, metadata, tokenizer)
     packed.write_metadata(directory, metadata)
     shutil.rmtree(directory / "spool")
     return metadata
@@ -452,7 +452,7 @@ def _write_split(
             advance(len(records))
 
     with progress(f"writing {path.name}", packs) as advance:
-        return write_packs(path, chunks(advance), packs)
+        return write_packs(path, chunks(advance), packs, threads)
 
 
 def _ahead(function: Callable, arguments: Iterable, threads: int) -> Iterator:

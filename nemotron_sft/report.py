@@ -5,15 +5,18 @@ In both, trained tokens are green and context is grey, so that a wrong loss mask
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemotron_sft.console import console, table
 from nemotron_sft.errors import UserError
 from nemotron_sft.packed import AtomicFile, read_metadata, read_pack
+
+if TYPE_CHECKING:
+    from nemotron_sft.tokens import Tokenizer
 
 SHOWN_PACKS = 6  # in report.html, spread evenly over the training packs
 SHOWN_TOKENS = 8192  # of each
@@ -71,11 +74,11 @@ def print_report(metadata: dict) -> None:
     out.print(f"{metadata['wall_seconds']:,.1f} s, {metadata['tokens_per_second']:,.0f} tokens/s")
 
 
-def write_report(directory: str | Path, metadata: dict) -> None:
+def write_report(directory: str | Path, metadata: dict, tokenizer: Tokenizer | None = None) -> None:
     """Write report.html, one file without references to others, into an output whose packs are already there.
 
-    It shows the figures of `metadata` and a few packs as text. Raises UserError if the tokenizer is gone or
-    another one.
+    It shows the figures of `metadata` and a few packs as text. tokenizer: the one that made them, if it is open.
+    Raises UserError if it is not given and gone or another one.
     """
     from jinja2 import Environment
     from markupsafe import Markup, escape
@@ -116,7 +119,7 @@ def write_report(directory: str | Path, metadata: dict) -> None:
         largest_share=max([d[key] for d in datasets for key in ("requested_share", "realised_share")] + [1e-9]),
         histogram=histogram(metadata),
         drops=all_drops(metadata),
-        packs=_shown_packs(directory, metadata),
+        packs=_shown_packs(directory, metadata, tokenizer or _tokenizer(metadata)),
     )
     with AtomicFile(directory / "report.html") as file:
         file.write(html.encode())
@@ -133,8 +136,7 @@ def inspect(path: str | Path, pack: int = 0) -> None:
     metadata = read_metadata(directory)
     if path == directory:
         path = directory / metadata["splits"]["training"]["file"]
-    tokenizer, special = _tokenizer(metadata)
-    shown = _described(path, pack, metadata, tokenizer, special, limit=None)
+    shown = _described(path, pack, metadata, _tokenizer(metadata), limit=None)
 
     from rich.text import Text
 
@@ -227,32 +229,30 @@ def histogram(metadata: dict) -> list[dict]:
 # --- packs as text -----------------------------------------------------------------------------------------
 
 
-def _tokenizer(metadata: dict) -> tuple:
-    """The tokenizer that an output was made with, and the ids of its special tokens."""
+def _tokenizer(metadata: dict) -> Tokenizer:
+    """The tokenizer that an output was made with."""
     from nemotron_sft.tokens import load_tokenizer
 
     made_with = metadata["tokenizer"]
     tokenizer = load_tokenizer(made_with["model"], revision=made_with.get("revision"), backend="tokenizers")
     if tokenizer.digest != made_with["digest"]:
         raise UserError(f"tokenizer {made_with['model']} is not the one that the data was made with")
-    added = json.loads(tokenizer.file.read_bytes()).get("added_tokens", [])
-    return tokenizer, np.array([token["id"] for token in added])
+    return tokenizer
 
 
-def _shown_packs(directory: Path, metadata: dict) -> list[dict]:
+def _shown_packs(directory: Path, metadata: dict, tokenizer: Tokenizer) -> list[dict]:
     """A few packs, described for the HTML."""
     training = metadata["splits"]["training"]
-    tokenizer, special = _tokenizer(metadata)
     return [
-        _described(directory / training["file"], int(index), metadata, tokenizer, special, SHOWN_TOKENS)
+        _described(directory / training["file"], int(index), metadata, tokenizer, SHOWN_TOKENS)
         for index in np.unique(np.linspace(0, training["packs"] - 1, SHOWN_PACKS).round())
     ]
 
 
-def _described(path: Path, index: int, metadata: dict, tokenizer, special: np.ndarray, limit: int | None) -> dict:
+def _described(path: Path, index: int, metadata: dict, tokenizer: Tokenizer, limit: int | None) -> dict:
     """A pack's sequences as runs of text, up to `limit` tokens of them, and a drawing of its layout."""
     ids, mask, cu = read_pack(path, index)
-    is_special = np.isin(ids, special)
+    is_special = np.isin(ids, tokenizer.added_ids)
     sequences, left = [], limit or len(ids)
     for low, high in pairwise(cu.tolist()):
         if left <= 0:

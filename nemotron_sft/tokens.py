@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -69,6 +70,11 @@ class Tokenizer:
                 [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts],
             )
 
+    @cached_property
+    def added_ids(self) -> np.ndarray:
+        """Ids of the added tokens, special ones among them: int64 (n,)."""
+        return np.array(list(self._reference.get_added_tokens_decoder()), np.int64)
+
     def decode(self, ids) -> str:
         """The text of token ids, special tokens included."""
         return self._reference.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
@@ -87,11 +93,19 @@ class Tokenizer:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
 
-def load_tokenizer(model: str, *, revision: str | None = None, backend: str = "auto", threads: int = 1) -> Tokenizer:
+def load_tokenizer(
+    model: str,
+    *,
+    revision: str | None = None,
+    backend: str = "auto",
+    threads: int = 1,
+    pool: Executor | None = None,
+) -> Tokenizer:
     """The tokenizer of a directory, a tokenizer.json, or a Hugging Face hub id (no other file is fetched).
 
     `backend="fastokens"` insists on it, "auto" falls back. `threads` bounds the threads of both encoders in
-    this process; it has no effect once one of them has run. Raises UserError.
+    this process; it has no effect once one of them has run. `pool`: processes that have fastokens open, or will
+    soon, so that this one need not open it to compare the two. Raises UserError.
     """
     if backend not in BACKENDS:
         raise UserError(f"tokenizer.backend={backend}: choose from {', '.join(BACKENDS)}")
@@ -116,7 +130,7 @@ def load_tokenizer(model: str, *, revision: str | None = None, backend: str = "a
     if _decode(reference, ["x", "y"]) != "xy":
         raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
     if backend != "tokenizers":
-        difference = _difference(file, reference)
+        difference = _difference(file, reference, pool)
         if difference and backend == "fastokens":
             raise UserError(f"{file}: fastokens cannot encode it: {difference}; use tokenizer.backend=auto")
         backend = "tokenizers" if difference else "fastokens"
@@ -260,20 +274,24 @@ def _encode_flat(fast, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
 
 
+def _encode_fast(file: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    return _encode_flat(_open_fastokens(file), texts)
+
+
 def _decode(reference, texts: list[str]) -> str:
     ids, _ = _encode_reference(reference, texts)
     return reference.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def _difference(file: Path, reference) -> str | None:
+def _difference(file: Path, reference, pool: Executor | None = None) -> str | None:
     """Why fastokens cannot stand in for `reference`, or None."""
+    texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
+    elsewhere = pool.submit(_encode_fast, file, texts) if pool else None
+    ids, offsets = _encode_reference(reference, texts)
     try:
-        fast = _open_fastokens(file)
-        texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
-        got_ids, got_offsets = _encode_flat(fast, texts)
+        got_ids, got_offsets = elsewhere.result() if elsewhere else _encode_fast(file, texts)
     except Exception as error:  # unsupported models raise ValueError, others whatever Rust reports
         return " ".join(str(error).split())[:200] or type(error).__name__
-    ids, offsets = _encode_reference(reference, texts)
     if np.array_equal(got_ids, ids) and np.array_equal(got_offsets, offsets):
         return None
     for i, text in enumerate(texts):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,11 @@ def tokenizer_path(cfg: Prep) -> str:
     return str(ROOT / model) if (ROOT / model).exists() and not Path(model).exists() else model
 
 
-def plan(cfg: Prep, inputs: Inputs | None = None) -> Plan:
-    """Cut the inputs into units. Raises UserError."""
+def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) -> Plan:
+    """Cut the inputs into units. `pool`: see load_tokenizer. Raises UserError."""
     inputs = inputs or find_inputs(cfg)
     name, datasets, found = inputs.name, inputs.datasets, inputs.files
-    tokenizer = load_tokenizer(tokenizer_path(cfg))
+    tokenizer = load_tokenizer(tokenizer_path(cfg), pool=pool)
     template = load_template(**template_options(cfg, tokenizer))
     unit_bytes = max(UNIT_BYTES, inputs.bytes // MAX_UNITS)
     shaping = [1, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.messages_field,
@@ -345,10 +346,11 @@ def _parsed(value: Any, what: str) -> Any:
     return value
 
 
-def trusted(todo: Plan, characters: int = 100_000) -> Plan:
+def trusted(todo: Plan, pool: Executor | None = None, characters: int = 100_000) -> Plan:
     """The plan, with the reference encoder if the fast one errs on the run's own spans.
 
     load_tokenizer has compared the two on texts made for it; this adds the first spans of every data set.
+    `pool`: see there.
     """
     if todo.tokenizer.backend == "tokenizers":
         return todo
@@ -359,7 +361,9 @@ def trusted(todo: Plan, characters: int = 100_000) -> Plan:
         batch = next(_Work(few, unit).batches(), None) if unit else None
         spans = [text for spans in batch.sequences for _, text in spans] if batch else []
         spans = spans[: np.searchsorted(np.cumsum([len(text) for text in spans]), characters) + 1]
-        same = map(np.array_equal, todo.tokenizer.encode_batch(spans), reference.encode_batch(spans))
-        if not all(same):
+        fast = pool.submit(todo.tokenizer.encode_batch, spans) if pool else None
+        expected = reference.encode_batch(spans)
+        got = fast.result() if fast else todo.tokenizer.encode_batch(spans)
+        if not all(map(np.array_equal, got, expected)):
             return replace(todo, tokenizer=reference)
     return todo

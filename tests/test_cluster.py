@@ -200,8 +200,8 @@ def test_a_thousand_units_with_failing_tasks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prep, "run_unit", fragile)
     plan = prep.plan(prepared(tmp_path / "array"))
-    monkeypatch.setattr(prep, "plan", lambda cfg, inputs=None: plan)  # the same in every task; made and
-    monkeypatch.setattr(prep, "trusted", lambda todo: todo)  # checked once to save time
+    monkeypatch.setattr(prep, "plan", lambda cfg, inputs=None, pool=None: plan)  # the same in every task; made and
+    monkeypatch.setattr(prep, "trusted", lambda todo, pool: todo)  # checked once to save time
     assert len(plan.units) >= 1000
     waiting = list(range(64))
     while waiting:
