@@ -1,10 +1,15 @@
 """Two CPU ranks (gloo): every split of the model and the data gives the losses of one process."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from conftest import SMALL, recipe, run
+from conftest import ROOT, SMALL, recipe, run
 
 pytestmark = pytest.mark.slow
 STEPS = ["train.train_iters=20", "validation.eval_interval=20", "model.num_query_groups=2"]
@@ -60,6 +65,34 @@ def test_split_run_has_the_losses_of_one_process(split, tiny_data, weights, alon
     two = train(2, tiny_data, tmp_path / "two", saved, "train.train_iters=3")
     assert one == pytest.approx(two, abs=1e-4)
     assert one[1] < alone[1] - 2
+
+
+def test_experts_spread_over_two_ranks(tiny_data, tmp_path):
+    experts = ["model.num_moe_experts=4", "model.moe_router_topk=2", "train.train_iters=5"]
+    train(1, tiny_data, tmp_path / "weights", *experts, "train.train_iters=1")
+    start = f"init_from={tmp_path}/weights/checkpoints"
+    one = train(1, tiny_data, tmp_path / "one", start, *experts)
+    two = train(2, tiny_data, tmp_path / "two", start, *experts, "model.expert_model_parallel_size=2")
+    assert len(one) == 5 and one == pytest.approx(two, abs=1e-4)
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(tiny_data, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/train.py",
+         f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, "train.train_iters=5000"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "run/metrics.jsonl").exists() and losses(tmp_path / "run")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (victim,) = (pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(victim), signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: {victim})" in told, told
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,12 @@ def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int
     total = packs * pack_size
     tokens = records["input_ids"].reshape(total).astype(np.int64)
     mask = records["loss_mask"].reshape(total)
-    offsets = np.arange(packs, dtype=np.int64)[:, None] * pack_size
-    # Unused entries of cu_seqlens repeat the last boundary; unique() drops them, and adds each pack's end.
-    cu_seqlens = np.unique(np.append(records["cu_seqlens"] + offsets, np.arange(packs + 1) * pack_size))
+    # Every pack's boundaries and its end, ascending. Unused entries repeat the last boundary: each is taken once.
+    boundaries = np.full((packs, records["cu_seqlens"].shape[1] + 1), pack_size, np.int64)
+    boundaries[:, :-1] = records["cu_seqlens"]
+    boundaries += np.arange(packs)[:, None] * pack_size
+    boundaries = boundaries.ravel()
+    cu_seqlens = np.concatenate([boundaries[:1], boundaries[1:][boundaries[1:] > boundaries[:-1]]])
     last = cu_seqlens[1:] - 1
 
     labels, trained = np.append(tokens[1:], 0), np.append(mask[1:], 0) != 0

@@ -316,6 +316,23 @@ def test_training_goes_on_after_a_signal_and_after_scancel(checkout, tiny_data):
     assert steps == list(range(1, saved + 11))
 
 
+def test_slurm_and_torchrun_leave_the_same(checkout, tiny_data):
+    """The same losses and the same files, from two ranks."""
+    options = [f"data={tiny_data}", *SMALL, "train.train_iters=40", "train.exit_interval=3"]
+    done = checkout.run("train", *options, "cluster.tasks_per_node=2", f"run_dir={checkout.path}/a", timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "recipes/train.py", *options, f"run_dir={checkout.path}/b"],
+        cwd=checkout.path, env=checkout.env, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(losses(checkout.path / "a")) == 3
+    assert losses(checkout.path / "a") == losses(checkout.path / "b")
+    names = [sorted(p.name for p in (checkout.path / run).iterdir()) for run in ("a", "b")]
+    assert names[0] == names[1] and {"logs", "checkpoints", "metrics.jsonl", "config.yaml"} <= set(names[0])
+
+
 # --- preparation -------------------------------------------------------------------------------------------
 
 
