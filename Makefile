@@ -34,7 +34,7 @@ smoke: $(READY)
 	$(PYTHON) recipes/train.py data=output/data/tiny
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	.venv/bin/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import shlex
 import shutil
@@ -51,8 +52,9 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
     on_cpu = not torch.cuda.is_available()
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "gloo" if on_cpu else "nccl"
     if world_size > 1:
-        torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+        torch.distributed.init_process_group(backend)
     tracking.resolve_names(config, rank, world_size)
     data_dir = find_data(config)
     metadata = check_data(data_dir, config.data.verify if rank == 0 else "sizes")
@@ -100,6 +102,9 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
             if config.export.hf:
                 print(checkpoint.export(run_dir, config.export.path, on_cpu), file=terminal)
             return
+        if world_size == 1:  # with a store of its own: Bridge would listen on a port that only one run can have
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         callbacks = CallbackManager()
         forward_step = ForwardStep()
         progress = Progress(metadata, run_dir, terminal, STARTED, rank, forward_step)
@@ -233,6 +238,7 @@ def log_to_file(path: Path):
         raise
     except Exception as error:
         if "No space left on device" in "".join(traceback.format_exception(error)):
+            logging.raiseExceptions = False  # W&B's own log is on that disk too, and would say so at length
             raise UserError(
                 f"the disk of {path.parent.parent} is full: free some space and start again with "
                 f"run_dir={path.parent.parent}, which resumes from its last whole checkpoint"
