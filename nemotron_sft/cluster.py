@@ -286,7 +286,8 @@ def _before(slurm: Slurm, folder: Path) -> list[str]:
         *slurm.setup,
         f"job={shlex.quote(str(folder))}/{array}",
         'rm -f "$job".exit "$job"_stop "$job"_failure.txt',
-        "trap : TERM # wait for the tasks, however they end",
+        "cancelled=",
+        "trap cancelled=yes TERM # wait for the tasks, however they end",
     ]
 
 
@@ -295,10 +296,16 @@ def _after(slurm: Slurm, retry_lost: bool) -> list[str]:
 
     A job is queued again if it was told to stop, by its time limit or by preemption; jobs of preparation also if a
     task was killed from outside (status above 128) by something else than scancel (143).
+
+    srun's status is the highest of its tasks', and when one fails it ends the others with SIGTERM: 143 may stand for
+    another's failure.
     """
     lost = ' || { [ "$status" -gt 128 ] && [ "$status" -ne 143 ]; }' if retry_lost else ""
     return [
         "status=$?",
+        'if [ "$status" -eq 143 ] && [ -z "$cancelled" ] && [ -e "$job"_failure.txt ]; then',
+        '  [ "$(head -c 7 "$job"_failure.txt)" = "error: " ] && status=2 || status=1',
+        "fi",
         "before=${SLURM_RESTART_COUNT:-0}",
         "stopped() {",
         f'  [ -e "$job"_stop ]{lost} || scontrol -o show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"',
@@ -311,6 +318,7 @@ def _after(slurm: Slurm, retry_lost: bool) -> list[str]:
         '  echo "error: stopped early, after $before times in the queue again (cluster.max_requeues)"',
         'elif [ "$status" -gt 128 ]; then',
         '  echo "error: a task was killed by signal $((status - 128)); srun names it above"',
+        '  [ ! -e "$job"_failure.txt ] || echo "another said: $(tail -n 1 "$job"_failure.txt) (${job}_failure.txt)"',
         'elif [ "$status" -ne 0 ]; then',
         '  cat "$job"_failure.txt 2> /dev/null || echo "error: srun failed with status $status"',
         "fi",

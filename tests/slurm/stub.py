@@ -22,6 +22,9 @@ def main(cfg):
     if cfg.name == f"raise{rank}":
         time.sleep(0.5)
         raise ValueError(f"rank {rank} is broken")
+    if cfg.name == "raise_alone":  # the other rank does not notice, and is ended by srun
+        time.sleep(60 * rank)
+        raise ValueError(f"rank {rank} is broken")
     if cfg.name == "user_error":
         raise UserError("the data is missing: prepare it")
     for step in range(600 if cfg.name != "ok" else 1):

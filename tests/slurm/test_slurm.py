@@ -215,6 +215,14 @@ def test_a_raise_in_one_rank(stub, rank):
     assert until(lambda: ended(submitted(done.stdout))) == ["FAILED"]
 
 
+def test_a_raise_that_the_other_rank_does_not_notice(stub):
+    """srun ends the other rank, whose SIGTERM is not the failure."""
+    done = stub.run("train", *STUB, "name=raise_alone")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "ValueError: rank 0 is broken" in done.stdout and "killed by signal" not in done.stdout
+    assert until(lambda: ended(submitted(done.stdout))) == ["FAILED"]
+
+
 def test_a_users_error(stub):
     done = stub.run("train", *STUB, "name=user_error")
     assert done.returncode == 2, done.stdout + done.stderr

@@ -21,7 +21,8 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 module load cuda/12.8
 job=/shared/project/output/slurm/nano3-20260101-120000/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 rm -f "$job".exit "$job"_stop "$job"_failure.txt
-trap : TERM # wait for the tasks, however they end
+cancelled=
+trap cancelled=yes TERM # wait for the tasks, however they end
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -30,6 +31,9 @@ srun --unbuffered --output /shared/project/output/slurm/nano3-20260101-120000/%j
 
 # teardown
 status=$?
+if [ "$status" -eq 143 ] && [ -z "$cancelled" ] && [ -e "$job"_failure.txt ]; then
+  [ "$(head -c 7 "$job"_failure.txt)" = "error: " ] && status=2 || status=1
+fi
 before=${SLURM_RESTART_COUNT:-0}
 stopped() {
   [ -e "$job"_stop ] || scontrol -o show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"
@@ -42,6 +46,7 @@ if [ "$status" -ne 0 ] && stopped; then
   echo "error: stopped early, after $before times in the queue again (cluster.max_requeues)"
 elif [ "$status" -gt 128 ]; then
   echo "error: a task was killed by signal $((status - 128)); srun names it above"
+  [ ! -e "$job"_failure.txt ] || echo "another said: $(tail -n 1 "$job"_failure.txt) (${job}_failure.txt)"
 elif [ "$status" -ne 0 ]; then
   cat "$job"_failure.txt 2> /dev/null || echo "error: srun failed with status $status"
 fi
