@@ -303,6 +303,7 @@ def _after(slurm: Slurm, retry_lost: bool) -> list[str]:
     lost = ' || { [ "$status" -gt 128 ] && [ "$status" -ne 143 ]; }' if retry_lost else ""
     return [
         "status=$?",
+        "trap '' TERM # which requeueing sends as well, also to scontrol",
         'if [ "$status" -eq 143 ] && [ -z "$cancelled" ] && [ -e "$job"_failure.txt ]; then',
         '  [ "$(head -c 7 "$job"_failure.txt)" = "error: " ] && status=2 || status=1',
         "fi",

@@ -376,7 +376,7 @@ def _lines(piece: Piece) -> Iterator[tuple[int, dict]]:
                 except orjson.JSONDecodeError as error:
                     record = _after_mark(line, position) or _malformed(piece.file, position, line, error)
                 if type(record) is not dict:
-                    raise UserError(f"{locate(piece.file, position)}: a {type(record).__name__}, not a JSON object")
+                    raise UserError(f"{locate(piece.file, position)}: {type(record).__name__} instead of a JSON object")
                 yield position, record
             position += len(line) if by_bytes else 1
 
@@ -411,7 +411,7 @@ def _elements(file: File) -> Iterator[tuple[int, dict]]:
             raise UserError(f"{file.label}:{error.lineno}: not JSON ({error.msg})") from None
     for position, record in enumerate(records):
         if not isinstance(record, dict):
-            raise UserError(f"{locate(file, position)}: a {type(record).__name__}, not a JSON object")
+            raise UserError(f"{locate(file, position)}: {type(record).__name__} instead of a JSON object")
         yield position, record
 
 

@@ -238,10 +238,10 @@ def test_hub_errors(tmp_path):
     [
         ("a.jsonl", b'{"n": 1}\n\n{"n": }\n', "a.jsonl:3: not JSON"),
         ("a.jsonl", b'{"n": 1}\n{"n": 2', "a.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"n": 1}\n[1]\n', "a.jsonl:2: a list, not a JSON object"),
+        ("a.jsonl", b'{"n": 1}\n[1]\n', "a.jsonl:2: list instead of a JSON object"),
         ("a.jsonl", b'{"n": "\xff"}\n', "a.jsonl:1: not JSON"),
         ("a.json", b'[{"n": 1},\n {"n": }]', "a.json:2: not JSON"),
-        ("a.json", b"[1]", "a.json:1: a int, not a JSON object"),
+        ("a.json", b"[1]", "a.json:1: int instead of a JSON object"),
         ("a.jsonl.gz", b"junk", "damaged .gz file"),
         ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-20], "damaged .gz file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n{]\n", mtime=0), "a.jsonl.gz:2: not JSON"),

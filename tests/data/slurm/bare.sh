@@ -31,6 +31,7 @@ srun --unbuffered --output /shared/project/output/slurm/nano3-20260101-120000/%j
 
 # teardown
 status=$?
+trap '' TERM # which requeueing sends as well, also to scontrol
 if [ "$status" -eq 143 ] && [ -z "$cancelled" ] && [ -e "$job"_failure.txt ]; then
   [ "$(head -c 7 "$job"_failure.txt)" = "error: " ] && status=2 || status=1
 fi
