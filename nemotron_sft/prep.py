@@ -192,6 +192,8 @@ def _each(todo: Plan, waiting: list[Unit], pool: Executor | None) -> Iterator[tu
     from concurrent.futures import as_completed
     from concurrent.futures.process import BrokenProcessPool
 
+    from nemotron_sft.packing import pack
+
     if not pool:
         for unit in waiting:
             yield unit, run_unit(todo, unit)
@@ -199,6 +201,7 @@ def _each(todo: Plan, waiting: list[Unit], pool: Executor | None) -> Iterator[tu
     settings = replace(todo, units=(), files=())  # the lists would be sent along with every unit
     try:
         futures = {pool.submit(run_unit, settings, unit): unit for unit in waiting}
+        pack(np.ones(1, np.int32), 1)  # loads compiled code, half a second that would otherwise follow the units
         for future in as_completed(futures):
             yield futures.pop(future), future.result()
     except BrokenProcessPool:
