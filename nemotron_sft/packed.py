@@ -10,6 +10,7 @@ A file appears under its name only when it is whole: it is written to a temporar
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -126,7 +127,14 @@ class AtomicFile:
 
     def _write_out(self, data: memoryview) -> None:
         while data:
-            data = data[os.write(self._fd, data) :]
+            try:
+                written = os.write(self._fd, data)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct(False)  # a file system that took the flag, and takes no such write
+                written = os.write(self._fd, data)
+            data = data[written:]
 
     @property
     def sha256(self) -> str:

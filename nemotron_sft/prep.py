@@ -190,7 +190,6 @@ def run_units(todo: Plan, pool: Executor | None = None, mine: Sequence[Unit] | N
 def _each(todo: Plan, waiting: list[Unit], pool: Executor | None) -> Iterator[tuple[Unit, dict]]:
     """(unit, statistics) of every unit, as they are done."""
     from concurrent.futures import as_completed
-    from concurrent.futures.process import BrokenProcessPool
 
     from nemotron_sft.packing import pack
 
@@ -199,22 +198,20 @@ def _each(todo: Plan, waiting: list[Unit], pool: Executor | None) -> Iterator[tu
             yield unit, run_unit(todo, unit)
         return
     settings = replace(todo, units=(), files=())  # the lists would be sent along with every unit
-    try:
-        futures = {pool.submit(run_unit, settings, unit): unit for unit in waiting}
-        pack(np.ones(1, np.int32), 1)  # loads compiled code, half a second that would otherwise follow the units
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, by hand or for lack of memory: rerun to continue, with fewer "
-            "workers (workers=N) if memory is short"
-        ) from None
+    futures = {pool.submit(run_unit, settings, unit): unit for unit in waiting}
+    pack(np.ones(1, np.int32), 1)  # loads compiled code, half a second that would otherwise follow the units
+    for future in as_completed(futures):
+        yield futures.pop(future), future.result()
 
 
 @contextmanager
 def start_workers(count: int, cfg: Prep) -> Iterator[Executor]:
-    """Worker processes that are opening the tokenizer. They end with the `with` block, or with this process."""
+    """Worker processes that are opening the tokenizer. They end with the `with` block, or with this process.
+
+    Raises UserError if one of them is killed.
+    """
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
     # A fork server: workers start with the modules imported, and without this process's threads and locks.
@@ -225,6 +222,11 @@ def start_workers(count: int, cfg: Prep) -> Iterator[Executor]:
         for _ in range(count):
             pool.submit(os.getpid)  # a process is started when there is something for it to do
         yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, by hand or for lack of memory: rerun to continue, with fewer "
+            "workers (workers=N) if memory is short"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

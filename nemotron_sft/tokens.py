@@ -17,7 +17,7 @@ import json
 import os
 import random
 import re
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -290,6 +290,8 @@ def _difference(file: Path, reference, pool: Executor | None = None) -> str | No
     ids, offsets = _encode_reference(reference, texts)
     try:
         got_ids, got_offsets = elsewhere.result() if elsewhere else _encode_fast(file, texts)
+    except BrokenExecutor:
+        raise
     except Exception as error:  # unsupported models raise ValueError, others whatever Rust reports
         return " ".join(str(error).split())[:200] or type(error).__name__
     if np.array_equal(got_ids, ids) and np.array_equal(got_offsets, offsets):

@@ -1,7 +1,10 @@
 """The on-disk format: what is written is what is read, and nothing half-written is ever read."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -99,6 +102,41 @@ def test_an_exception_keeps_the_old_file_and_leaves_no_other(tmp_path):
         writer.write(np.ones(1, dtype))
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("direct", ["", "refused when switched on", "refused in every write"])
+def test_what_is_written_in_pieces_is_all_there(tmp_path, monkeypatch, direct, threads):
+    """Also on file systems that take no direct writes, and those that say so late."""
+    monkeypatch.setattr(packed.AtomicFile, "BLOCK", 4096)
+    fcntl_, write_, direct_on = fcntl.fcntl, os.write, set()
+
+    def fcntl_of_the_file_system(fd, command, *flags):
+        if command == fcntl.F_SETFL and direct:
+            if flags[0] & os.O_DIRECT:
+                if direct == "refused when switched on":
+                    raise OSError(errno.EINVAL, "no direct writes here")
+                direct_on.add(fd)
+            else:
+                direct_on.discard(fd)
+            return 0
+        return fcntl_(fd, command, *flags)
+
+    def write_of_the_file_system(fd, data):
+        if fd in direct_on:
+            raise OSError(errno.EINVAL, "no direct writes here")
+        return write_(fd, data)
+
+    monkeypatch.setattr(fcntl, "fcntl", fcntl_of_the_file_system)
+    monkeypatch.setattr(os, "write", write_of_the_file_system)
+    random = np.random.default_rng(0)
+    pieces = [random.bytes(int(size)) for size in random.integers(0, 20_000, 20)]
+    with packed.AtomicFile(tmp_path / "a", threads) as file:
+        for piece in pieces:
+            file.write(piece)
+    whole = b"".join(pieces)
+    assert (tmp_path / "a").read_bytes() == whole
+    assert (file.bytes, file.sha256) == (len(whole), hashlib.sha256(whole).hexdigest())
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path):

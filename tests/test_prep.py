@@ -430,6 +430,13 @@ def wait_for(condition, seconds=60):
         time.sleep(0.005)
 
 
+def test_a_worker_killed_while_the_plan_is_made(configured, tmp_path):
+    cfg = configured(jsonl(tmp_path / "a.jsonl", records(10)))
+    with pytest.raises(UserError, match="a worker process was killed"), prep.start_workers(1, cfg) as pool:
+        os.kill(pool.submit(os.getpid).result(), signal.SIGKILL)
+        units.plan(cfg, pool=pool)
+
+
 @pytest.mark.parametrize("victim", ["parent", "worker"])
 def test_kill_with_two_workers(configured, tmp_path, small_units, monkeypatch, victim):
     path = jsonl(tmp_path / "a.jsonl", records(4000))
