@@ -34,7 +34,8 @@ smoke: $(READY)
 	$(PYTHON) recipes/train.py data=output/data/tiny
 
 test: $(READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not timed"
+	$(PYTHON) -m pytest -m timed
 
 lint: $(READY)
 	.venv/bin/ruff check .

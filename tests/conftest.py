@@ -22,6 +22,8 @@ SMALL = [
     "model.qk_layernorm=false",
 ]
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+
 
 def run(*command, timeout=300, **env):
     """Run a command in the repository root; returns the CompletedProcess with both streams as text."""

@@ -144,11 +144,12 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
         import os, signal, numpy as np
         from nemotron_sft import packed
         dtype = packed.pack_dtype(8, 2)
+        packed.AtomicFile.BLOCK = 16  # bytes, so that most of what is written is in the file
         with packed.PackWriter({str(tmp_path / "a.npy")!r}, 2, dtype) as writer:
-            writer.write(np.ones(1, dtype)); writer.file.flush()
+            writer.write(np.ones(1, dtype))
             os.kill(os.getpid(), signal.SIGKILL)"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    assert [p.name for p in tmp_path.iterdir()] == [".a.npy.tmp"]
+    assert [p.name for p in tmp_path.iterdir()] == [".a.npy.tmp"] and (tmp_path / ".a.npy.tmp").stat().st_size > 100
     with pytest.raises(UserError, match="no packed data"):
         packed.open_packs(tmp_path / "a.npy")
     dtype = packed.pack_dtype(8, 2)

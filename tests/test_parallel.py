@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, recipe, run
+from conftest import ROOT, SMALL, TORCHRUN, run
 
 pytestmark = pytest.mark.slow
 STEPS = ["train.train_iters=20", "validation.eval_interval=20", "model.num_query_groups=2"]
@@ -22,11 +22,8 @@ def losses(run_dir, key="loss"):
 
 def train(ranks, data, run_dir, *overrides):
     arguments = [f"data={data}", f"run_dir={run_dir}", *SMALL, *STEPS, *overrides]
-    if ranks == 1:
-        done = recipe("train", *arguments)
-    else:
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-        done = run(sys.executable, *launcher, "recipes/train.py", *arguments)
+    launcher = {1: [sys.executable], 2: TORCHRUN}[ranks]
+    done = run(*launcher, "recipes/train.py", *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return losses(run_dir)
 
@@ -78,8 +75,8 @@ def test_experts_spread_over_two_ranks(tiny_data, tmp_path):
 
 def test_a_killed_rank_ends_the_run_and_is_named(tiny_data, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/train.py",
-         f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, "train.train_iters=5000"],
+        [*TORCHRUN, "recipes/train.py", f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL,
+         "train.train_iters=5000"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -103,10 +100,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(tiny_data, tmp_path):
     ],
 )
 def test_what_cannot_run_here_is_refused_in_one_line(overrides, message, tiny_data, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/train.py"]
-    done = run(
-        sys.executable, *launcher, f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, *overrides, timeout=120
-    )
+    arguments = [f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL, *overrides]
+    done = run(*TORCHRUN, "recipes/train.py", *arguments, timeout=120)
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert told and all(message in line for line in told)

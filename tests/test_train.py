@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL, recipe, run
+from conftest import ROOT, SMALL, TORCHRUN, recipe, run
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +55,9 @@ def test_stop_and_resume_equals_a_straight_run(tiny_data, straight, tmp_path):
 
 
 def test_two_processes_agree_with_one(tiny_data, straight, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/train.py"]
-    done = run(*command, f"data={tiny_data}", f"output_dir={tmp_path}", *SMALL, "train.train_iters=3")
+    done = run(
+        *TORCHRUN, "recipes/train.py", f"data={tiny_data}", f"output_dir={tmp_path}", *SMALL, "train.train_iters=3"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = list((tmp_path / "train").iterdir())
     assert len(runs) == 1, "one run directory for all ranks"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, TORCHRUN
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -136,13 +136,11 @@ def test_two_nodes(stub):
     assert done.returncode == 0 and "ranks [0, 1]" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.timed
 def test_detached_in_three_seconds(stub):
-    seconds = []
-    while not seconds or (min(seconds) >= 3 and len(seconds) < 5):  # other tests may be running
-        before = time.monotonic()
-        job, folder = stub.submit("train", *STUB, "name=ok")
-        seconds.append(time.monotonic() - before)
-    assert min(seconds) < 3, seconds
+    before = time.monotonic()
+    job, folder = stub.submit("train", *STUB, "name=ok")
+    assert time.monotonic() - before < 3
     assert state(job) in ("PENDING", "RUNNING")
     assert until(lambda: ended(job)) == ["COMPLETED"]
     assert (folder / f"{job}.exit").read_text() == "0\n"
@@ -332,9 +330,8 @@ def test_slurm_and_torchrun_leave_the_same(checkout, tiny_data):
     options = [f"data={tiny_data}", *SMALL, "train.train_iters=40", "train.exit_interval=3"]
     done = checkout.run("train", *options, "cluster.tasks_per_node=2", f"run_dir={checkout.path}/a", timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "recipes/train.py", *options, f"run_dir={checkout.path}/b"],
+        [*TORCHRUN, "recipes/train.py", *options, f"run_dir={checkout.path}/b"],
         cwd=checkout.path, env=checkout.env, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
