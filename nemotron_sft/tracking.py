@@ -63,7 +63,8 @@ def _quiet_wandb(cfg: Tracking):
 
 
 class Tracker:
-    """A W&B run that belongs to a lineage record. Its methods return at once; a thread does what they ask for.
+    """A W&B run that belongs to a lineage record. Its methods return at once; a thread does what they ask for, from
+    `start` on.
 
     record: as nemotron_sft.lineage describes it; its "tracking" entry is filled in once the run exists.
     directory: W&B's files go to <directory>/wandb. say: prints a line for people.
@@ -75,25 +76,28 @@ class Tracker:
         self.warned = False
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = None
-        if cfg.mode != "disabled":
+
+    def start(self) -> None:
+        if self.cfg.mode != "disabled" and not self._thread:
             self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
             self._thread.start()
 
     def log(self, values: dict, step: int | None = None) -> None:
-        self._do(lambda: self.run.log(values, step=step))
+        self._tasks.put(lambda: self.run.log(values, step=step))
 
     def inputs(self) -> None:
         """Declare the inputs that the record names."""
         known = [{key: entry[key] for key in ("artifact", "path", "digest")} for entry in self.record["inputs"]]
-        self._do(lambda: self.run.config.update({"inputs": known}, allow_val_change=True))
-        self._do(self._use_inputs)
+        self._tasks.put(lambda: self.run.config.update({"inputs": known}, allow_val_change=True))
+        self._tasks.put(self._use_inputs)
 
     def output(self, entry: dict, aliases: list[str]) -> None:
         """Log an artifact."""
-        self._do(lambda: self.run.log_artifact(self._artifact(entry), aliases=aliases))
+        self._tasks.put(lambda: self.run.log_artifact(self._artifact(entry), aliases=aliases))
 
     def close(self, status: int) -> None:
         """End the run. Takes little longer than the timeout, whatever W&B does."""
+        self.start()  # a training run that failed before its first step is recorded too
         if not self._thread:
             return
         self.status = status
@@ -101,10 +105,6 @@ class Tracker:
         self._thread.join(self.cfg.timeout + 10)
         if self._thread.is_alive():
             self._warn(f"no answer within {self.cfg.timeout + 10} s")
-
-    def _do(self, task: Callable[[], Any]) -> None:
-        if self._thread:
-            self._tasks.put(task)
 
     def _work(self) -> None:
         try:
@@ -247,6 +247,7 @@ def record_data(cfg: Tracking, composed: Any, metadata: dict) -> None:
     record = lineage.record("prep", plain(composed), lineage.of_sources(metadata), [output])
     lineage.write(directory, record)
     tracker = Tracker(cfg, record, directory, sample_tag(metadata), lambda line: print(line, file=sys.stderr))
+    tracker.start()
     tracker.inputs()
     tracker.output(output, ["latest"])
     if cfg.mode != "disabled":
@@ -324,7 +325,13 @@ class Training:
         self.save()
 
     def register(self, manager) -> None:
+        manager.register("on_train_start", self.on_train_start)
         manager.register("on_checkpoint_save", self.on_checkpoint_save)
+
+    def on_train_start(self, context) -> None:
+        """Not before: Bridge's set-up walks through all loggers, and importing wandb in a thread adds some."""
+        if self.rank == 0:
+            self.tracker.start()
 
     def log(self, step: int, **values: float | None) -> None:
         if "validation_loss" in values:

@@ -243,6 +243,19 @@ def test_a_real_server_has_the_whole_chain(request, tmp_path):
     assert used == {PRETRAIN, DATA}
 
 
+def test_wandb_is_not_imported_beside_bridge_setting_up(tmp_path):
+    """Bridge walks through the dictionary of loggers; a thread that imports wandb meanwhile would add to it."""
+    settings = Tracking("offline", "p", None, None, None, [], None, 20, 1, True)
+    record = {"stage": "train", "inputs": [], "tracking": None, "config": {"values": {}, "digest": "d"}}
+    tracker = tracking.Tracker(settings, record, tmp_path, [], print)
+    tracker.log({"loss": 1.0}, 1)  # kept until the run is open
+    assert not any(thread.name == "tracking" for thread in threading.enumerate())
+    tracker.start()
+    assert any(thread.name == "tracking" for thread in threading.enumerate())
+    tracker.close(0)
+    assert offline_run(tmp_path)[3] == 1
+
+
 def test_an_artifact_is_the_same_wherever_its_files_are(tmp_path):
     for place in ("a", "b/c"):
         (tmp_path / place).mkdir(parents=True)
