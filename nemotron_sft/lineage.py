@@ -222,11 +222,27 @@ def hub_revision(model: str) -> dict:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint that Megatron-Bridge would load from `path`: itself, or the newest in it."""
+    """The checkpoint that would be loaded from `path`: the newest whole one in it, or itself."""
+    return newest_iteration(path) or path
+
+
+def newest_iteration(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint in a directory of them.
+
+    Megatron-Bridge names a checkpoint in `latest_*` files and then still writes its run_config.yaml, whose sections
+    are sorted, validation last; a process killed in between leaves a name without a checkpoint. So the directories
+    themselves are looked at. One of Megatron-LM, which has neither file, is whole if it is named.
+    """
+    for path in sorted(checkpoints.glob("iter_*"), reverse=True):
+        config = path / "run_config.yaml"
+        if config.exists() and "\nvalidation:\n" in config.read_text():
+            return path
     try:
-        return path / f"iter_{int((path / 'latest_checkpointed_iteration.txt').read_text()):07d}"
+        name = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
+        named = checkpoints / (name if name == "release" else f"iter_{int(name):07d}")
     except (OSError, ValueError):
-        return path
+        return None
+    return named if named.is_dir() and not (named / "train_state.pt").exists() else None
 
 
 def inside(directory: Path) -> list[Path]:

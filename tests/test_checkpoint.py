@@ -6,6 +6,7 @@ import pytest
 from conftest import recipe
 
 from nemotron_sft.errors import UserError
+from nemotron_sft.lineage import newest_iteration
 from nemotron_sft.megatron import checkpoint
 
 SHORT = ["train.global_batch_size=4", "scheduler.lr_warmup_iters=1", "validation.eval_interval=0"]
@@ -39,8 +40,14 @@ def test_starting_points(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds neither"):  # a save that was interrupted
         checkpoint.starting_point(str(saved.parent))
     (saved / "latest_checkpointed_iteration.txt").write_text("10")
-    assert checkpoint.starting_point(str(saved.parent)) == checkpoint.starting_point(str(saved)) == str(saved)
-    assert checkpoint.newest_iteration(saved) == saved / "iter_0000010"
+    named = saved / "iter_0000010"  # of Megatron-LM: named, and that is all
+    assert checkpoint.starting_point(str(saved.parent)) == checkpoint.starting_point(str(saved)) == str(named)
+    (named / "train_state.pt").write_bytes(b"")
+    (named / "run_config.yaml").write_text("model:\n  x: 1\nvalid")
+    assert newest_iteration(saved) is None  # Bridge names a checkpoint before it writes the last file
+    (named / "run_config.yaml").write_text("model:\n  x: 1\nvalidation:\n  x: 1\n")
+    (saved / "iter_0000020").mkdir()
+    assert newest_iteration(saved) == named
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +132,7 @@ def test_the_export_answers_as_the_trained_model_does(hf_models, trained, bridge
     with torch.no_grad():
         expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)
     tokens = prompt
-    iteration = checkpoint.newest_iteration(run_dir / "checkpoints")
+    iteration = newest_iteration(run_dir / "checkpoints")
     with checkpoint.trained_model(iteration, on_cpu=True) as model, torch.no_grad():
         for _ in range(24):
             logits = model(tokens, torch.arange(tokens.shape[1])[None], None)
@@ -165,14 +172,14 @@ def test_lora_trains_adapters_alone_and_exports_them_merged(hf_models, converted
     options = [f"model.hf={hf_models}/llama", f"init_from={converted[0]}", "peft=lora", "peft.dim=4",
                "train.train_iters=8", "optimizer.lr=1e-2"]  # fmt: skip
     train(tiny_data, run_dir, *options, "train.exit_interval=4")
-    iteration = checkpoint.newest_iteration(run_dir / "checkpoints")
+    iteration = newest_iteration(run_dir / "checkpoints")
     with checkpoint.trained_model(iteration, on_cpu=True) as model:
         halfway = {key: weight.clone() for key, weight in model.named_parameters()}
     shown = train(tiny_data, run_dir, *options, "export.hf=true")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert sorted(losses) == list(range(1, 9)) and losses[8] < losses[1]
-    with checkpoint.trained_model(checkpoint.newest_iteration(run_dir / "checkpoints"), on_cpu=True) as model:
+    with checkpoint.trained_model(newest_iteration(run_dir / "checkpoints"), on_cpu=True) as model:
         moved = {key for key, weight in model.named_parameters() if not torch.equal(weight, halfway[key])}
         adapters = {key for key in halfway if ".adapter." in key}
         assert moved == adapters and len(adapters) == 2 * 4 * 2  # layers x targets x two matrices

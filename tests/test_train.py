@@ -85,6 +85,18 @@ def test_killed_while_saving_the_run_resumes_from_the_last_whole_checkpoint(tiny
     assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), abs=1e-5)
 
 
+def test_a_checkpoint_that_is_named_but_not_whole_is_passed_over(tiny_data, straight, tmp_path):
+    options = ["train.train_iters=40", "validation.eval_interval=20", "checkpoint.save_interval=15"]
+    train(tiny_data, tmp_path / "run", *options, "train.exit_interval=30")
+    saved = tmp_path / "run" / "checkpoints"
+    assert (saved / "latest_checkpointed_iteration.txt").read_text() == "30"
+    (saved / "iter_0000030" / "run_config.yaml").unlink()  # killed just before it was written
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(tiny_data, tmp_path / "run", *options)
+    assert min(losses(tmp_path / "run")) == 16
+    assert losses(tmp_path / "run") == pytest.approx({s: losses(straight[0])[s] for s in range(16, 41)}, abs=1e-5)
+
+
 def test_epochs_decide_the_number_of_steps(tiny_data, tmp_path):
     packs = json.loads((tiny_data / "metadata.json").read_text())["splits"]["training"]["packs"]
     train(tiny_data, tmp_path / "run", "train.epochs=0.5")

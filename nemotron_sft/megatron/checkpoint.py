@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_sft.errors import UserError
+from nemotron_sft.lineage import newest_checkpoint, newest_iteration
 from nemotron_sft.packed import read_metadata
 
 SAMPLE = 256  # tokens on which an export is compared with the model it came from
@@ -37,7 +38,9 @@ def starting_point(init_from: str) -> str | None:
         if (path / "config.json").exists() and any(file for kind in WEIGHTS for file in path.glob(kind)):
             return str(path)
         for root in (path, path / "checkpoints"):
-            if newest_iteration(root) or (root / "run_config.yaml").exists():
+            if newest := newest_iteration(root):
+                return str(newest)
+            if (root / "run_config.yaml").exists():
                 return str(root)
         raise UserError(
             f"init_from={init_from} holds neither a Megatron checkpoint nor a Hugging Face model (config.json and "
@@ -56,15 +59,6 @@ def starting_point(init_from: str) -> str | None:
 
 def is_hf(directory: str | None) -> bool:
     return directory is not None and Path(directory, "config.json").exists()
-
-
-def newest_iteration(checkpoints: Path) -> Path | None:
-    """The last whole checkpoint in a directory of them: Megatron names it in a file once it is complete."""
-    latest = checkpoints / "latest_checkpointed_iteration.txt"
-    if not latest.exists():
-        return None
-    name = latest.read_text().strip()
-    return checkpoints / (name if name == "release" else f"iter_{int(name):07d}")
 
 
 def convert(model, init_from: str, checkpoints: Path, on_cpu: bool) -> None:
@@ -142,7 +136,7 @@ def _adapted(iteration: Path, run: dict, on_cpu: bool) -> list:
         provider.sequence_parallel, provider.virtual_pipeline_model_parallel_size = False, None
         model = _with_hf_weights(provider, base, on_cpu)
     else:
-        model = _load(newest_iteration(Path(base)) or Path(base), on_cpu)
+        model = _load(newest_checkpoint(Path(base)), on_cpu)
     known = {field.name for field in dataclasses.fields(LoRA) if field.init}
     given = {key: value for key, value in run["peft"].items() if key in known and not isinstance(value, dict)}
     lora = LoRA(**given)

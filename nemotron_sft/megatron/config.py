@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
+from nemotron_sft.lineage import newest_iteration
 from nemotron_sft.megatron import gpu, hf
 from nemotron_sft.megatron.checkpoint import is_hf
 from nemotron_sft.megatron.preflight import check_topology
@@ -116,11 +117,9 @@ def build(
 
 
 def resume_from(config: TrainConfig, run_dir: Path) -> str | None:
-    """The checkpoint directory to continue from: the run's own once it has one, else checkpoint.load."""
-    own = run_dir / "checkpoints"
-    if (own / "latest_checkpointed_iteration.txt").exists() or (own / "latest_train_state.pt").exists():
-        return str(own)
-    return config.checkpoint.load
+    """The checkpoint to continue from: the run's own newest once it has one, else checkpoint.load."""
+    own = newest_iteration(run_dir / "checkpoints")
+    return str(own) if own else config.checkpoint.load
 
 
 def _base(config: TrainConfig):

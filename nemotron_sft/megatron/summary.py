@@ -8,7 +8,8 @@ from pathlib import Path
 
 from nemotron_sft import heldout
 from nemotron_sft.config import TrainConfig
-from nemotron_sft.megatron.checkpoint import newest_iteration, trained_model
+from nemotron_sft.lineage import newest_iteration
+from nemotron_sft.megatron.checkpoint import trained_model
 
 
 class Heldout:
