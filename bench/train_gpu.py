@@ -8,7 +8,7 @@ master weights on packs of 4096 tokens, 32,768 tokens per step. Document lengths
 about 960 tokens of context (sum of squared lengths over sum of lengths). Each case runs in a process of its own, one
 at a time; imports happen before the first of them starts. Times are medians of CUDA-event intervals between the ends
 of steps. MFU counts 6 FLOPs per parameter of a matrix product and token plus causal attention inside documents,
-against 989 TFLOP/s; logits that are not computed, since their tokens have no loss, are not counted.
+against 989 TFLOP/s; what is not computed, since its tokens have no loss, is not counted.
 
   ours-R         recipes/train.py's path with rows of R tokens
   ours-R-gpu     the same with batches already in GPU memory: what the loader could cost at most
@@ -93,12 +93,10 @@ def tokens(rng, count: int) -> np.ndarray:
     return np.where(rng.random(count) < 0.5, follows, drawn)
 
 
-def flops_per_step(effective_context: float, logits: float = 1.0) -> float:
-    """logits: the share of tokens whose logits are computed.
-
-    6 FLOPs per matrix parameter and token, and causal attention: 2 products, half of them masked, 3 passes."""
+def flops_per_step(effective_context: float) -> float:
+    """6 FLOPs per matrix parameter and token, and causal attention: 2 products, half of them masked, 3 passes."""
     attention = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * GROUPS // HEADS
-    matrices = LAYERS * (attention + 3 * HIDDEN * FFN) + logits * HIDDEN * VOCABULARY
+    matrices = LAYERS * (attention + 3 * HIDDEN * FFN) + HIDDEN * VOCABULARY
     return PACK * STEP_PACKS * (6 * matrices + 6 * LAYERS * HIDDEN * effective_context)
 
 
@@ -308,12 +306,12 @@ def ours(args, row: int, in_memory: bool) -> dict:
         def register(self, manager):
             observer.waited = lambda: self.consumed.waited - observer.before
             observer.reset = lambda: setattr(observer, "before", self.consumed.waited)
-            observer.before = observer.logits = observer.tokens = 0.0
+            observer.before = observer.skipped = observer.tokens = 0.0
             observer.step = consumed = self.consumed
             reset = consumed.reset
 
             def forget():
-                observer.logits += consumed.tokens - consumed.without_logits
+                observer.skipped += consumed.skipped_flops
                 observer.tokens += consumed.tokens
                 reset()
                 observer.reset()
@@ -340,8 +338,8 @@ def ours(args, row: int, in_memory: bool) -> dict:
         composed = compose("train", overrides)
     run.summarise = lambda *a: None
     run.train(check(composed, TrainConfig), composed)
-    share = observer.logits / observer.tokens
-    yield clock.results() | {"losses": [float(loss) for loss in clock.losses], "logits": share}
+    skipped = observer.skipped / observer.tokens * PACK * STEP_PACKS
+    yield clock.results() | {"losses": [float(loss) for loss in clock.losses], "skipped_flops": skipped}
 
 
 def keep_in_memory(step) -> None:
@@ -361,7 +359,7 @@ def keep_in_memory(step) -> None:
         self._tokens, self._squares = self._tokens + counts["tokens"], self._squares + counts["squares"]
         self.tokens, self.trained = self.tokens + counts["tokens"], self.trained + counts["trained"]
         self._positions = batch["trained_positions"]
-        self.without_logits += counts["tokens"] - len(self._positions)
+        self.skipped_flops += self._flops_per_token * (counts["tokens"] - len(self._positions))
         yield batch
 
     step.ForwardStep._watch = watch
@@ -527,7 +525,6 @@ def hugging_face(args) -> dict:
         )
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu)
-    most = 40 * STEP_PACKS  # documents in a step, to give every row of a length the same shape
 
     def loss_of(tokens, positions, labels, boundaries):
         with torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16):
@@ -543,8 +540,6 @@ def hugging_face(args) -> dict:
         batch = collate(records)
         labels = torch.where(batch["loss_mask"] > 0, batch["labels"], -100)
         boundaries = batch["cu_seqlens_q"][0]
-        room = most * len(records) // STEP_PACKS + 1 - len(boundaries)
-        boundaries = torch.cat([boundaries, boundaries[-1:].expand(room)])
         return batch["tokens"], batch["position_ids"], labels, boundaries, batch["counts"]["trained"]
 
     found = {}
@@ -566,6 +561,7 @@ def hugging_face(args) -> dict:
             trained = sum(batch[-1] for batch in step)
             for *tensors, _ in step:
                 tensors = [x.to("cuda" if on_gpu else "cpu", non_blocking=True) for x in tensors]
+                torch._dynamo.mark_dynamic(tensors[-1], 0)  # every row has another number of documents
                 loss = compiled(*tensors) / trained
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -634,8 +630,8 @@ def table(args, facts: dict) -> dict:
     """The results of every case found in --out: rows of ms, tokens/s, MFU, memory."""
     rows = {}
 
-    def add(name, segment, peak, logits):
-        flops = flops_per_step(facts["effective_context"], logits)
+    def add(name, segment, peak, skipped):
+        flops = flops_per_step(facts["effective_context"]) - skipped
         rows[name] = {
             "ms": segment["ms"],
             "tokens_per_second": PACK * STEP_PACKS / segment["ms"] * 1000,
@@ -654,7 +650,7 @@ def table(args, facts: dict) -> dict:
                     " ".join(filter(None, (path.stem, row, segment and f"+ {segment}"))),
                     values,
                     part["peak_gib"],
-                    part.get("logits", 1.0),
+                    part.get("skipped_flops", 0.0),
                 )
             if "profile" in part:
                 profiles[f"{path.stem} {row}".strip()] = part["profile"]

@@ -172,7 +172,7 @@ def test_packed_loss_is_the_loss_of_the_documents_alone(model):
     assert count == float(mask.sum())
 
 
-def test_logits_of_trained_tokens_alone_give_the_same_loss_and_gradients(model):
+def test_what_trained_tokens_alone_need_gives_the_same_loss_and_gradients(model):
     import torch
     from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
 
@@ -182,6 +182,8 @@ def test_logits_of_trained_tokens_alone_give_the_same_loss_and_gradients(model):
     packed = get_packed_seq_params({k: v for k, v in batch.items() if "seqlen" in k})
     step = ForwardStep()
     step._hook(model)
+    rows = []
+    model.decoder.layers[-1].mlp.register_forward_hook(lambda module, given, output: rows.append(len(given[0])))
     results = []
     for positions in (None, batch["trained_positions"][:70]):  # 128 would be all of this row
         step._positions = positions
@@ -196,6 +198,7 @@ def test_logits_of_trained_tokens_alone_give_the_same_loss_and_gradients(model):
         (losses * batch["loss_mask"]).sum().backward()
         results.append((losses.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
     step._positions = None
+    assert rows == [128, 70]  # of the last layer's MLP
     (every, every_gradients), (few, few_gradients) = results
     mask = batch["loss_mask"]
     assert mask[0, batch["trained_positions"][70:]].sum() == 0

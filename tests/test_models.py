@@ -175,3 +175,19 @@ def test_preflight_prints_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "31,577,937,344 total" in done.stdout and "32 = 32 data" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_packages_that_are_missing_are_replaced_by_what_is_installed(monkeypatch):
+    from megatron.core.transformer.enums import AttnBackend
+
+    from nemotron_sft.megatron import gpu
+
+    def resolved(installed):
+        model = container(1, "experiment=tiny_gpu", "model.vocab_size=2048", "model.attention_backend=flash").model
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name if name in installed else None)
+        gpu.use_what_is_installed(model)
+        monkeypatch.undo()
+        return model.attention_backend, model.moe_token_dispatcher_type
+
+    assert resolved([]) == (AttnBackend.auto, "alltoall")
+    assert resolved(["flash_attn_interface", "deep_ep"]) == (AttnBackend.flash, "flex")

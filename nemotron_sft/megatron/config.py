@@ -39,7 +39,7 @@ def build(
     if config.precision is not None:
         container.mixed_precision = gpu.mixed_precision(config.precision)
     if gpu_bytes:
-        gpu.tune(container)
+        gpu.tune(container, world_size)
     for section in SECTIONS:
         _apply(getattr(config, section), getattr(container, section), section)
     model, train = container.model, container.train

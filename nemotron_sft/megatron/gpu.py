@@ -74,7 +74,7 @@ def agree_on_signals_on_the_host() -> None:
     DistributedSignalHandler.signals_received = signals_received
 
 
-def tune(container) -> None:
+def tune(container, world_size: int) -> None:
     """Choose the fast, equivalent form of what the recipe left open; the user's own keys are applied afterwards."""
     model, train, logger = container.model, container.train, container.logger
     model.apply_rope_fusion = True
@@ -83,6 +83,9 @@ def tune(container) -> None:
     model.cross_entropy_loss_fusion, model.cross_entropy_fusion_impl = True, "native"
     container.optimizer.use_distributed_optimizer = container.ddp.use_distributed_optimizer = True
     container.ddp.grad_reduce_in_fp32 = True
+    # Gradients travel while the backward pass still computes, and weights while the next forward pass does.
+    container.ddp.overlap_grad_reduce = container.ddp.overlap_param_gather = world_size > 1
+    container.optimizer.overlap_param_gather = False  # Bridge turns it on with that of ddp
     # Checks that wait for the GPU in every step. Progress looks at the loss whenever it is logged.
     container.ddp.check_for_nan_in_grad = False
     container.rerun_state_machine.check_for_nan_in_loss = False
@@ -91,6 +94,24 @@ def tune(container) -> None:
     logger.skip_train_metrics_log = True  # reads the learning rate back from the GPU; Progress logs instead
     # A garbage collection in the middle of a step stalls every rank that waits for this one.
     train.manual_gc, train.manual_gc_interval, train.manual_gc_eval = True, 100, True
+    use_what_is_installed(model)
+
+
+def use_what_is_installed(model) -> None:
+    """Where a recipe asks for a package that this machine lacks, take what Transformer Engine and core bring."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    def lacks(package: str) -> bool:
+        return importlib.util.find_spec(package) is None
+
+    if (
+        model.attention_backend in (AttnBackend.flash, "flash")
+        and lacks("flash_attn")
+        and lacks("flash_attn_interface")
+    ):
+        model.attention_backend = AttnBackend.auto
+    if model.moe_token_dispatcher_type == "flex" and lacks("deep_ep"):
+        model.moe_token_dispatcher_type = "alltoall"
 
 
 def fuse_activation(model) -> None:

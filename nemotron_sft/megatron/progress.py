@@ -28,8 +28,8 @@ class Progress:
     trained_fraction (of the tokens, padding included, those with a loss); data_wait_ms; and on a GPU
     tokens_per_second_per_gpu, tflops_per_gpu, mfu (tflops_per_gpu over PEAK_FLOPS), and peak_memory_gib so far.
     FLOPs are Megatron-Bridge's count (training/utils/flop_utils.py): 6 per parameter of a matrix product and token,
-    and causal attention inside each document, 6 * layers * hidden * length. Recomputed activations and logits that
-    were left out don't count.
+    and causal attention inside each document, 6 * layers * hidden * length. Recomputed activations don't count, nor
+    does what `step` left out.
 
     Raises UserError at the first logged loss that is not a number, naming the packs read since the last line.
     """
@@ -121,8 +121,7 @@ class Progress:
         world = torch.distributed.get_world_size()
         # Bridge adds a step's FLOPs after this callback, so the count runs one step behind the clock.
         flops = (state.train_state.floating_point_operations_so_far - self.flops) / elapsed / world
-        model = state.cfg.model  # logits that were left out are no work done
-        flops -= 6 * model.hidden_size * model.vocab_size * self.consumed.without_logits / elapsed
+        flops -= self.consumed.skipped_flops / elapsed  # no work done
         peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
         return {
             "tokens_per_second_per_gpu": round(speed / world, 1),

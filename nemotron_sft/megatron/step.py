@@ -13,18 +13,22 @@ class ForwardStep:
     batches) are this rank's. The loader counts on the host, where it is free; Bridge counts squared lengths on the
     GPU, and would wait for the sum in every step.
 
-    Logits are computed for the tokens that have a loss and no others (`skip_untrained`): with a large vocabulary
-    they cost as much as several layers, and much memory. without_logits counts the tokens that had none.
+    The last layer's MLP and the logits are computed for the tokens that have a loss and no others
+    (`skip_untrained`): with a large vocabulary they cost as much as several layers, and much memory. skipped_flops
+    adds up what this rank left out, forward and backward.
     """
 
     def __init__(self):
         self.skip_untrained = True
         self._hooked = False
-        self._positions = None
+        self._positions = None  # of the next row's trained tokens
+        self._kept = None  # the same, while a forward pass with labels runs
+        self._flops_per_token = 0.0
         self.reset()
 
     def reset(self) -> None:
-        self.tokens = self.trained = self.without_logits = 0
+        self.tokens = self.trained = 0
+        self.skipped_flops = 0.0
         self.packs: list[int] = []
         self.waited = 0.0
 
@@ -58,7 +62,7 @@ class ForwardStep:
             self._positions = None
             if self._hooked == "logits" and self.skip_untrained and len(positions):
                 self._positions = positions.cuda(non_blocking=True)
-                self.without_logits += counts["tokens"] - len(positions)
+                self.skipped_flops += self._flops_per_token * (counts["tokens"] - len(positions))
             yield batch
 
     def _hook(self, model) -> None:
@@ -78,18 +82,48 @@ class ForwardStep:
             return
 
         def give_processor(module, args, kwargs):
-            if kwargs.get("labels") is not None and self._positions is not None:
-                kwargs |= {"output_processor": self._losses, "output_processor_context": self._positions}
+            self._kept = self._positions if kwargs.get("labels") is not None else None
+            if self._kept is not None:
+                kwargs |= {"output_processor": self._losses, "output_processor_context": self._kept}
             return args, kwargs
 
         gpt.register_forward_pre_hook(give_processor, with_kwargs=True)
         self._hooked = "logits"
+        self._flops_per_token = 6 * config.hidden_size * gpt.vocab_size / config.tensor_model_parallel_size
+        self._shorten_last_mlp(gpt.decoder.layers[-1])
+
+    def _shorten_last_mlp(self, layer) -> None:
+        """Give the last layer's MLP the kept tokens only: no later attention looks at the others.
+
+        Not experts, whose balance counts every token, and not where the layer is run again in the backward pass,
+        by when the positions are those of another row.
+        """
+        from megatron.core.transformer.mlp import MLP
+        from megatron.core.transformer.transformer_layer import TransformerLayer
+
+        config = layer.config
+        run_again = config.recompute_granularity == "full" or getattr(config, "cuda_graph_impl", "none") != "none"
+        if type(layer) is not TransformerLayer or not isinstance(layer.mlp, MLP) or run_again:
+            return
+        whole = layer._forward_mlp
+
+        def forward_mlp(hidden_states, *args, **kwargs):
+            if self._kept is not None:
+                hidden_states = hidden_states.index_select(0, self._kept)
+            return whole(hidden_states, *args, **kwargs)
+
+        layer._forward_mlp = forward_mlp
+        matrices = sum(parameter.numel() for parameter in layer.mlp.parameters() if parameter.dim() == 2)
+        self._flops_per_token += 6 * matrices
 
     @staticmethod
     def _losses(
         *, hidden_states, output_layer, output_weight, labels, context, compute_language_model_loss, scale_logits, **_
     ):
-        """Losses (1, T) of a row's hidden states (T, 1, h); zero except at the positions in `context` (k,)."""
-        logits, _ = output_layer(hidden_states.index_select(0, context), weight=output_weight)
+        """Losses (1, T) of a row's hidden states (T, 1, h), or (k, 1, h) if the last layer kept only those of
+        `context` (k,); zero except at these positions."""
+        if len(hidden_states) != len(context):
+            hidden_states = hidden_states.index_select(0, context)
+        logits, _ = output_layer(hidden_states, weight=output_weight)
         losses = compute_language_model_loss(labels.index_select(1, context), scale_logits(logits))
         return losses.new_zeros(labels.shape).index_copy(1, context, losses)
