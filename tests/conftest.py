@@ -1,5 +1,6 @@
 """What several test files share: paths, a way to run the commands, and prepared tiny data."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def run(*command, timeout=300, **env):
 
 def recipe(name, *overrides, **kwargs):
     return run(sys.executable, f"recipes/{name}.py", *overrides, **kwargs)
+
+
+def losses(run_dir, key="loss"):
+    """{step: value} of metrics.jsonl; empty if there is none yet."""
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["step"]: line[key] for line in lines if key in line}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Two CPU ranks (gloo): every split of the model and the data gives the losses of one process."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,15 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, TORCHRUN, run
+from conftest import ROOT, SMALL, TORCHRUN, losses, run
 
 pytestmark = pytest.mark.slow
 STEPS = ["train.train_iters=20", "validation.eval_interval=20", "model.num_query_groups=2"]
-
-
-def losses(run_dir, key="loss"):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
 
 
 def train(ranks, data, run_dir, *overrides):
@@ -80,7 +74,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tiny_data, tmp_path):
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not ((tmp_path / "run/metrics.jsonl").exists() and losses(tmp_path / "run")):
+    while not losses(tmp_path / "run"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

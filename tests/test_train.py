@@ -9,14 +9,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL, TORCHRUN, recipe, run
+from conftest import ROOT, SMALL, TORCHRUN, losses, recipe, run
 
 pytestmark = pytest.mark.slow
-
-
-def losses(run_dir, key="loss"):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
 
 
 def train(data, run_dir, *overrides, **kwargs):

@@ -4,7 +4,6 @@ Skipped without CUDA, those for two GPUs on one; run on a GPU machine with: pyth
 """
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL, TORCHRUN
+from conftest import ROOT, SMALL, TORCHRUN, losses
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -40,12 +39,6 @@ def finish(run_dir, process, timeout=500):
     process.wait(timeout)
     assert process.returncode == 0, run_dir.with_suffix(".log").read_text()[-4000:]
     return losses(run_dir)
-
-
-def losses(run_dir, key="loss"):
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {line["step"]: line[key] for line in lines if key in line}
 
 
 def largest_difference(some, others):
