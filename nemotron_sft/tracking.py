@@ -83,17 +83,17 @@ class Tracker:
             self._thread.start()
 
     def log(self, values: dict, step: int | None = None) -> None:
-        self._tasks.put(lambda: self.run.log(values, step=step))
+        self._do(lambda: self.run.log(values, step=step))
 
     def inputs(self) -> None:
         """Declare the inputs that the record names."""
         known = [{key: entry[key] for key in ("artifact", "path", "digest")} for entry in self.record["inputs"]]
-        self._tasks.put(lambda: self.run.config.update({"inputs": known}, allow_val_change=True))
-        self._tasks.put(self._use_inputs)
+        self._do(lambda: self.run.config.update({"inputs": known}, allow_val_change=True))
+        self._do(self._use_inputs)
 
     def output(self, entry: dict, aliases: list[str]) -> None:
         """Log an artifact."""
-        self._tasks.put(lambda: self.run.log_artifact(self._artifact(entry), aliases=aliases))
+        self._do(lambda: self.run.log_artifact(self._artifact(entry), aliases=aliases))
 
     def close(self, status: int) -> None:
         """End the run. Takes little longer than the timeout, whatever W&B does."""
@@ -105,6 +105,10 @@ class Tracker:
         self._thread.join(self.cfg.timeout + 10)
         if self._thread.is_alive():
             self._warn(f"no answer within {self.cfg.timeout + 10} s")
+
+    def _do(self, task: Callable[[], Any]) -> None:
+        if self.cfg.mode != "disabled":  # nobody would ever take it
+            self._tasks.put(task)
 
     def _work(self) -> None:
         try:

@@ -256,6 +256,15 @@ def test_wandb_is_not_imported_beside_bridge_setting_up(tmp_path):
     assert offline_run(tmp_path)[3] == 1
 
 
+def test_a_run_that_is_not_tracked_keeps_nothing(tmp_path):
+    settings = Tracking("disabled", "p", None, None, None, [], None, 20, 1, True)
+    tracker = tracking.Tracker(settings, {"inputs": []}, tmp_path, [], print)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.inputs()
+    tracker.close(0)
+    assert tracker._tasks.empty() and not list(tmp_path.iterdir())
+
+
 def test_an_artifact_is_the_same_wherever_its_files_are(tmp_path):
     for place in ("a", "b/c"):
         (tmp_path / place).mkdir(parents=True)
