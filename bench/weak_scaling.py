@@ -52,9 +52,10 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out.resolve()
     make_data(out / "data", 1024)
-    names = [f"gpu-{number}" for number in range(args.gpus)]
-    alone = [start(out, name, 1, args.steps, CUDA_VISIBLE_DEVICES=name[4:]) for name in names]
-    apart = sum(finish(process, out, name, 1) for process, name in zip(alone, names, strict=True))
+    alone = [
+        start(out, f"gpu-{number}", 1, args.steps, CUDA_VISIBLE_DEVICES=str(number)) for number in range(args.gpus)
+    ]
+    apart = sum(finish(process, out, f"gpu-{number}", 1) for number, process in enumerate(alone))
     together = finish(start(out, "all", args.gpus, args.steps), out, "all", args.gpus)
     print(f"weak scaling on {args.gpus} GPUs: {together / apart:.3f}")
 

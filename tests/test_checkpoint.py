@@ -1,9 +1,7 @@
 """Weights from and to Hugging Face directories and Megatron checkpoints, whole or with LoRA, on the CPU."""
 
-import json
-
 import pytest
-from conftest import recipe
+from conftest import losses, recipe
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.lineage import newest_iteration
@@ -176,9 +174,8 @@ def test_lora_trains_adapters_alone_and_exports_them_merged(hf_models, converted
     with checkpoint.trained_model(iteration, on_cpu=True) as model:
         halfway = {key: weight.clone() for key, weight in model.named_parameters()}
     shown = train(tiny_data, run_dir, *options, "export.hf=true")
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    assert sorted(losses) == list(range(1, 9)) and losses[8] < losses[1]
+    found = losses(run_dir)
+    assert sorted(found) == list(range(1, 9)) and found[8] < found[1]
     with checkpoint.trained_model(newest_iteration(run_dir / "checkpoints"), on_cpu=True) as model:
         moved = {key for key, weight in model.named_parameters() if not torch.equal(weight, halfway[key])}
         adapters = {key for key in halfway if ".adapter." in key}
