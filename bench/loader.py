@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotron_sft import packed
 from nemotron_sft.console import table
+from nemotron_sft.data import packed
 
 PACK_SIZE, MEMBERS, CHUNK = 4096, 10, 500
 GROUPS = {"prep's row groups": 64, "Bridge's row groups": 500}
@@ -56,7 +56,7 @@ def make(work: Path, packs: int) -> None:
 
 
 def ours(path: Path, packs: int):
-    from nemotron_sft.megatron.data import PackedDataset
+    from nemotron_sft.train.batches import PackedDataset
 
     dataset = PackedDataset(path, packs, seed=0)
     return lambda index: dataset.collate_fn(dataset.__getitems__([index]))
@@ -101,7 +101,7 @@ def epoch(work: Path, packs: int) -> None:
 
 def main(work: Path, packs: int, seconds: float, repeats: int) -> None:
     make(work, packs)
-    from nemotron_sft.megatron.run import start_bridge
+    from nemotron_sft.train.start import start_bridge
 
     start_bridge()
     loaders = {"ours": ours(work / f"{packs}.npy", packs)}

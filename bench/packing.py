@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy as np
 
 from nemotron_sft.console import table
-from nemotron_sft.packing import pack
+from nemotron_sft.data.packing import pack
 
 PACK_SIZE = 4096
 
@@ -72,8 +72,8 @@ def main(repeats: int = 3, out: str | None = None) -> None:
     entries = []
     for name, label, data, count in (
         ("bridge", "Megatron-Bridge first_fit_decreasing", million, bridge_bins),
-        ("ours", "nemotron_sft.packing.pack", million, bins),
-        ("ours_10m", "nemotron_sft.packing.pack", ten_million, bins_10m),
+        ("ours", "nemotron_sft.data.packing.pack", million, bins),
+        ("ours_10m", "nemotron_sft.data.packing.pack", ten_million, bins_10m),
     ):
         tokens = int(data.sum(dtype=np.int64))
         entries.append(

@@ -136,11 +136,11 @@ def prep_config(work: Path, corpus: str, workers: int):
     """What `recipes/prep.py blend=file ...` composes."""
     from hydra import compose, initialize_config_dir
 
-    from nemotron_sft import app, config
+    from nemotron_sft import config, paths
 
     blend = work / f"{corpus}.json"
     blend.write_text(json.dumps({"datasets": [{"name": corpus, "path": str((work / f"{corpus}.jsonl").resolve())}]}))
-    with initialize_config_dir(str(app.CONF), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
         settings = {
             "blend": "file", "++blend.path": blend, "++tokenizer.model": work / "tokenizer", "workers": workers,
             "output_dir": work / f"packs-{corpus}-{workers}", "force": "true",
@@ -149,7 +149,7 @@ def prep_config(work: Path, corpus: str, workers: int):
 
 
 def run_prep(work: Path, corpus: str, workers: int = 1) -> tuple[int, float, float]:
-    from nemotron_sft import prep
+    from nemotron_sft.data import prep
 
     cfg = prep_config(work, corpus, workers)
     wall, cpu = time.perf_counter(), cpu_seconds()
@@ -201,7 +201,7 @@ def run_template(work: Path, corpus: str) -> tuple[int, float, float]:
 def run_encode(work: Path, corpus: str) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
-    from nemotron_sft.chat import load_template
+    from nemotron_sft.data.chat import load_template
 
     tokenizer, template = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json")), load_template("nano3")
     texts = [template.render(json.loads(line)["messages"]) for line in beginning(work, corpus, CHARACTERS["encode"])]

@@ -45,8 +45,8 @@ LAYERS, HIDDEN, FFN, HEADS, GROUPS = 16, 2048, 8192, 32, 8
 
 def make_data(out: Path, packs: int) -> dict:
     """Packs of random tokens in both formats, as recipes/prep.py writes them. Returns facts about the lengths."""
-    from nemotron_sft.packed import FORMAT, VERSION, pack_dtype, write_metadata, write_packs
-    from nemotron_sft.packing import pack
+    from nemotron_sft.data.packed import FORMAT, VERSION, pack_dtype, write_metadata, write_packs
+    from nemotron_sft.data.packing import pack
 
     rng = np.random.default_rng(0)
     documents = 16 * packs
@@ -280,8 +280,8 @@ def prepare_megatron():
 
     if not torch.cuda.is_available():  # trying the script itself
         return
-    from nemotron_sft.megatron.gpu import use_gpu
-    from nemotron_sft.megatron.slim import slim_imports
+    from nemotron_sft.train.compat.gpu import use_gpu
+    from nemotron_sft.train.compat.slim import slim_imports
 
     slim_imports()
     use_gpu()
@@ -297,7 +297,7 @@ def ours(args, row: int, in_memory: bool) -> dict:
     from hydra import compose, initialize_config_dir
 
     from nemotron_sft.config import TrainConfig, check
-    from nemotron_sft.megatron import progress, run, step
+    from nemotron_sft.train import progress, report, run, step
 
     clock = Clock(["", *(args.segments or [])], args.warm_up, args.steps, args.profiled)
     observer = Observer(clock, change=lambda name, context: change(name, context, observer.step))
@@ -336,7 +336,7 @@ def ours(args, row: int, in_memory: bool) -> dict:
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("train", overrides)
-    run.summarise = lambda *a: None
+    report.summarise = lambda *a: None
     run.train(check(composed, TrainConfig), composed)
     skipped = observer.skipped / observer.tokens * PACK * STEP_PACKS
     yield clock.results() | {"losses": [float(loss) for loss in clock.losses], "skipped_flops": skipped}
@@ -415,8 +415,8 @@ def bridge(args) -> dict:
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        from nemotron_sft.megatron.host import adapt, use_cpu
-        from nemotron_sft.megatron.slim import slim_imports
+        from nemotron_sft.train.compat.cpu import adapt, use_cpu
+        from nemotron_sft.train.compat.slim import slim_imports
 
         slim_imports()
         use_cpu()
@@ -497,7 +497,7 @@ def hugging_face(args) -> dict:
 
             out = varlen_attn(query, key, value, boundaries, boundaries, PACK, PACK, scale=scaling, **causal)
         else:
-            from nemotron_sft.megatron.host import attend
+            from nemotron_sft.train.compat.cpu import attend
 
             out = attend(query, key, value, boundaries, scaling)
         return out[None], None
@@ -512,7 +512,7 @@ def hugging_face(args) -> dict:
         causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     AttentionInterface.register("varlen", varlen)
     yield
-    from nemotron_sft.megatron.data import PackedDataset, collate
+    from nemotron_sft.train.batches import PackedDataset, collate
 
     torch.set_float32_matmul_precision("high")
     size = {

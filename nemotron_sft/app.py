@@ -6,18 +6,14 @@ import functools
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
+from nemotron_sft.config import nearest
 from nemotron_sft.errors import UserError
+from nemotron_sft.paths import CONF, ROOT, USER_CONF
+from nemotron_sft.slurm import node, submit
 
-TYPED = list(sys.argv)  # the command as it was typed
-STARTED = time.time()  # of the process, near enough: this is the first module an entry point imports
-ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "conf"
 sys.path.append(str(ROOT))  # where Hydra finds hydra_plugins
-USER_CONF = Path.home() / ".config" / "nemotron-sft"  # searched after conf/, see hydra_plugins
 
 
 def run(task: Callable, config_name: str) -> None:
@@ -27,8 +23,6 @@ def run(task: Callable, config_name: str) -> None:
     With -m and cluster=slurm the config goes to a job instead, which comes back here with --frozen.
     """
     if sys.argv[1:2] == ["--frozen"]:
-        from nemotron_sft import node
-
         return node.run(task, sys.argv[1:])
     import hydra
     from hydra.errors import HydraException
@@ -40,11 +34,9 @@ def run(task: Callable, config_name: str) -> None:
 
     @functools.wraps(task)
     def guarded(cfg):
-        from nemotron_sft import cluster
-
         try:
             if "preflight" not in cfg or not cfg.preflight:  # which runs nothing, and so may run anywhere
-                cluster.here(cfg.cluster)
+                submit.here(cfg.cluster)
             task(cfg)
         except UserError as error:  # caught here, because Hydra would add a line of its own
             fail(str(error))
@@ -91,8 +83,6 @@ def open_key(argument: str) -> str:
 
 def explain(error: Exception, config_name: str) -> str:
     """One line for an error of Hydra's own: unknown top-level keys and missing group options name the nearest."""
-    from nemotron_sft.config import nearest
-
     text = str(error)
     groups = [entry.name for entry in CONF.iterdir() if entry.is_dir()]
     if match := re.search(r"Could not override '([\w.]+)'", text):

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     Entry points print it without a traceback and exit with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

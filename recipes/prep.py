@@ -8,10 +8,11 @@ from nemotron_sft.config import Prep, check
 
 def main(cfg: DictConfig) -> None:
     config = check(cfg, Prep)
-    from nemotron_sft import lineage, prep, report, tracking  # the first heavy import
+    from nemotron_sft.data import prep, report, tracked  # the first heavy import
+    from nemotron_sft.record import show, wandb
 
     if config.lineage:
-        lineage.show(config.lineage)
+        show.show(config.lineage)
         return
     if config.inspect:
         report.inspect(config.inspect, config.pack)
@@ -19,9 +20,9 @@ def main(cfg: DictConfig) -> None:
     if config.shard is not None:
         print(prep.run_shard(config))
         return
-    tracking.check(config.tracking)
+    wandb.check(config.tracking)
     metadata = prep.run(config)
-    tracking.record_data(config.tracking, cfg, metadata)
+    tracked.record_data(config.tracking, cfg, metadata)
     report.print_report(metadata)
     directory = metadata["directory"]
     if metadata["unchanged"]:

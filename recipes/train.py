@@ -7,11 +7,11 @@ from nemotron_sft.config import TrainConfig, check
 def main(cfg) -> None:
     config = check(cfg, TrainConfig)
     if config.lineage:
-        from nemotron_sft import lineage
+        from nemotron_sft.record import show
 
-        lineage.show(config.lineage)
+        show.show(config.lineage)
         return
-    from nemotron_sft.megatron.run import train  # the first heavy import
+    from nemotron_sft.train.run import train  # the first heavy import
 
     train(config, cfg)
 

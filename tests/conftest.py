@@ -56,7 +56,7 @@ def bridge():
 
     if torch.cuda.is_available():
         pytest.skip("tests the CPU path")
-    from nemotron_sft.megatron.run import start_bridge
+    from nemotron_sft.train.start import start_bridge
 
     assert start_bridge()
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, recipe
 from hydra import compose, initialize_config_dir
 
-from nemotron_sft import app, config
+from nemotron_sft import app, config, paths
 from nemotron_sft.bridge_fields import SECTIONS, bridge_fields
 from nemotron_sft.errors import UserError
 
@@ -21,19 +21,19 @@ MANDATORY = {  # what an option leaves to the user
 
 def groups_of(name):
     """The config groups that an app's defaults list names."""
-    return re.findall(r"^  - (?:optional )?(\w+): ", (app.CONF / f"{name}.yaml").read_text(), flags=re.MULTILINE)
+    return re.findall(r"^  - (?:optional )?(\w+): ", (paths.CONF / f"{name}.yaml").read_text(), flags=re.MULTILINE)
 
 
 def options():
     for name in SCHEMAS:
         yield name, None
         for group in groups_of(name):
-            for file in sorted((app.CONF / group).glob("*.yaml")):
+            for file in sorted((paths.CONF / group).glob("*.yaml")):
                 yield name, f"{group}={file.stem}"
 
 
 def composed(name, *overrides):
-    with initialize_config_dir(str(app.CONF), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
         return compose(name, [app.open_key(override) for override in overrides])
 
 
@@ -43,7 +43,7 @@ def test_every_option_composes_and_checks(name, option):
     if option in MANDATORY:
         extra.append(MANDATORY[option])
     if option and option.startswith("experiment="):
-        app_of = re.search(r"recipes/(\w+)\.py", (app.CONF / "experiment" / f"{option[11:]}.yaml").read_text())[1]
+        app_of = re.search(r"recipes/(\w+)\.py", (paths.CONF / "experiment" / f"{option[11:]}.yaml").read_text())[1]
         if app_of != name:
             pytest.skip(f"belongs to recipes/{app_of}.py")
     config.check(composed(name, *extra), SCHEMAS[name])

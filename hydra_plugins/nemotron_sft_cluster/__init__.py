@@ -18,21 +18,21 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLaunche
 class ClusterLauncher(SlurmLauncher):
     """-m cluster=local runs the jobs of a sweep one after another, -m cluster=slurm submits them.
 
-    Freezes every job's config here and now, and lets nemotron_sft.cluster submit them.
+    Freezes every job's config here and now, and lets nemotron_sft.slurm submit them.
 
     The stock launcher composes on the node when the job starts, so that edits of conf/ reach queued jobs; it sees
     only rank 0's errors; and it reports failed jobs to Slurm as completed.
     """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        from nemotron_sft import cluster
+        from nemotron_sft.slurm import submit
 
         if self.config.cluster.kind == "local":
-            status = cluster.run_here(job_overrides)
+            status = submit.run_here(job_overrides)
         else:
             compose = self.hydra_context.config_loader.load_sweep_config
             configs = [compose(self.config, list(overrides)) for overrides in job_overrides]
-            status = cluster.launch(self.config.hydra.job.config_name, configs)
+            status = submit.launch(self.config.hydra.job.config_name, configs)
         if status:
             raise SystemExit(status)
         return []

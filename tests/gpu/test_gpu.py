@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from nemotron_sft.megatron.data import collate  # noqa: E402
-from nemotron_sft.megatron.gpu import use_what_is_installed  # noqa: E402
-from nemotron_sft.packed import pack_dtype  # noqa: E402
+from nemotron_sft.data.packed import pack_dtype  # noqa: E402
+from nemotron_sft.train.batches import collate  # noqa: E402
+from nemotron_sft.train.tuning import use_what_is_installed  # noqa: E402
 
 PACK, VOCABULARY = 1024, 512
 LENGTHS = [[100, 300, 500, 60], [1, 2, 3, 700, 200], [1024], [513, 511]]
@@ -36,8 +36,8 @@ def make_packs(lengths_per_pack, seed=0):
 
 @pytest.fixture(scope="module")
 def context():
-    from nemotron_sft.megatron.gpu import use_gpu
-    from nemotron_sft.megatron.slim import slim_imports
+    from nemotron_sft.train.compat.gpu import use_gpu
+    from nemotron_sft.train.compat.slim import slim_imports
 
     slim_imports()
     use_gpu()
@@ -167,7 +167,7 @@ def test_packed_loss_is_the_loss_of_the_documents_alone(model):
 def test_what_trained_tokens_alone_need_gives_the_same_loss_and_gradients(model):
     if model.hybrid:
         pytest.skip("core has no output processor for hybrid models")
-    from nemotron_sft.megatron.step import ForwardStep
+    from nemotron_sft.train.step import ForwardStep
 
     records = make_packs(LENGTHS)
     batch = collate(records)

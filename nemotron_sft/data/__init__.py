@@ -1,0 +1,1 @@
+"""Chat records in, packs out."""

@@ -1,0 +1,105 @@
+"""A blend: which data sets make up the training data, and how often each is passed over.
+
+    {"datasets": [{"name": "chat", "path": "org/name", "split": "train", "weight": 1.0}, ...]}
+
+written in conf/blend/NAME.yaml, or in any JSON or YAML file given as `blend=FILE`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nemotron_sft import config
+from nemotron_sft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One entry of a blend.
+
+    path: a file, a glob, a directory, an fsspec URL, or a hub id `org/name` (also `hf://org/name`).
+    subset, split: which part of a hub data set or directory, by the names its card or its files give.
+    weight: passes over the data; 0.25 takes a seeded quarter, 1.5 takes all once and a seeded half again, 0
+        leaves the data set out.
+    filter: {field: value}: keep records whose field equals the value, or contains it if the field is a list.
+    """
+
+    name: str
+    path: str
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    weight: float = 1.0
+    filter: dict[str, Any] = field(default_factory=dict)
+
+    def keeps(self, record: dict) -> bool:
+        """Whether a record passes the filter."""
+        for key, wanted in self.filter.items():
+            value = record.get(key)
+            if wanted not in value if isinstance(value, list) else value != wanted:
+                return False
+        return True
+
+
+def load_blend(blend: config.Blend) -> tuple[str, list[Dataset]]:
+    """The blend's name and its data sets, from the composed config or from the file that `blend.path` names.
+
+    Raises UserError for a missing or unreadable file, an unknown or missing field, a bad weight, or a
+    repeated name.
+    """
+    name, entries, where = blend.name, blend.datasets, f"blend {blend.name}"
+    if not blend.path and not blend.datasets:
+        raise UserError("no blend: say blend=FILE, or blend=NAME for one in conf/blend")
+    if blend.path:
+        path = Path(blend.path).expanduser()
+        name, entries, where = (name or path.stem), _read(path), str(path)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f'{where}: no data sets; expected {{"datasets": [{{"name": ..., "path": ...}}]}}')
+    datasets = [_dataset(entry, f"{where}, datasets[{i}]") for i, entry in enumerate(entries)]
+    names = [dataset.name for dataset in datasets]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{where}: two data sets are named {repeated[0]}; give each its own name")
+    return name, [dataset for dataset in datasets if dataset.weight > 0]
+
+
+def _read(path: Path) -> Any:
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"no blend file {path}: give an existing JSON or YAML file as blend=FILE")
+    try:
+        content = yaml.safe_load(path.read_text())  # JSON is YAML too
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    return content.get("datasets") if isinstance(content, dict) else None
+
+
+def _dataset(entry: Any, where: str) -> Dataset:
+    """Check one entry. Keys that start with an underscore are comments."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected name, path and so on, not {entry!r}")
+    entry = {key: value for key, value in entry.items() if not str(key).startswith("_") and value is not None}
+    known = [f.name for f in fields(Dataset)]
+    if "used_in" in entry:  # short for the filter that the Nemotron data sets need
+        entry["filter"] = {**entry.get("filter", {}), "used_in": entry.pop("used_in")}
+    for key in entry:
+        if key not in known:
+            best = config.nearest(str(key), known)
+            raise UserError(
+                f"{where}: unknown key {key}: did you mean {best}?"
+                if best
+                else f"{where}: unknown key {key}: known keys: {', '.join(known)}"
+            )
+    for f in fields(Dataset):
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in entry:
+            raise UserError(f"{where}: {f.name} is missing")
+        wanted = dict if f.name == "filter" else (int, float) if f.name == "weight" else str
+        if f.name in entry and (not isinstance(entry[f.name], wanted) or isinstance(entry[f.name], bool)):
+            raise UserError(f"{where}: {f.name} must be a {'number' if f.name == 'weight' else wanted.__name__}")
+    dataset = Dataset(**entry)
+    if not (math.isfinite(dataset.weight) and 0 <= dataset.weight <= 1000):
+        raise UserError(f"{where}: weight is the number of passes, 0 to 1000, not {dataset.weight}")
+    return dataset

@@ -1,0 +1,59 @@
+"""Chat messages to text: what a model reads, and which part of it is trained.
+
+    template = load_template("nano3")
+    template.render(messages, tools)             the whole conversation
+    template.sequences(messages, tools)          training sequences, each a list of (role, text) spans
+    template.generation_prompt(messages, tools)  what the model is given to answer these messages
+
+The texts of a sequence's spans concatenate to its text. Spans of role "assistant" are trained and nothing
+else is, so a mask policy is a matter of roles alone: with `mask="last_turn"` earlier answers carry the role
+"history", with `mask="all"` every span carries the role "assistant". A trained span begins where the
+generation prompt ends and includes the turn's terminator: what the model has to produce at inference.
+
+A template that drops earlier reasoning shows every turn a different past. A conversation with reasoning then
+gives one sequence per user turn, cut after that turn's answer and trained on that answer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nemotron_sft.config import unknown_key
+from nemotron_sft.data.chat.jinja import JinjaTemplate
+from nemotron_sft.data.chat.messages import ROLES, ChatError, clean_messages
+from nemotron_sft.data.chat.nano3 import Nano3
+from nemotron_sft.data.chat.template import HISTORIES, MASKS, Span, Template
+from nemotron_sft.errors import UserError
+
+__all__ = ["HISTORIES", "MASKS", "ROLES", "ChatError", "Span", "Template", "clean_messages", "load_template"]
+
+
+def load_template(name: str = "nano3", **options: Any) -> Template:
+    """A built-in template ("nano3") or the path of a Jinja file; `options` are the fields of Template.
+
+    Raises UserError for a name or option that does not exist and for a file that is not valid Jinja.
+    """
+    known = {field.name for field in fields(Template)} - {"name", "source"}
+    for option in options.keys() - known:
+        raise unknown_key(f"template.{option}", sorted(known | {"name"}))
+    for option, choices in (("mask", MASKS), ("history", HISTORIES)):
+        if options.get(option, choices[0]) not in choices:
+            raise UserError(f"template.{option}={options[option]}: choose from {', '.join(choices)}")
+    if name == "nano3":
+        source = resources.files("nemotron_sft.data.chat").joinpath("templates/nano3.jinja").read_text()
+        return Nano3(name, source, **options)
+    try:
+        source = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"template.name={name}: neither nano3 nor a readable Jinja file") from None
+    template = JinjaTemplate(str(name), source, **options)
+    if template._marked and template.train_generation_prompt:
+        raise UserError(
+            f"{name}: its generation tags decide what is trained: enclose the opening of an answer in them "
+            "instead of setting train_generation_prompt"
+        )
+    template._compiled  # noqa: B018 -- report a broken file now
+    return template

@@ -1,0 +1,309 @@
+"""Packed data on disk: the writer, the memory-mapped reader, and the metadata that commits an output.
+
+    output/data/<blend>/
+        training.npy validation.npy test.npy   one record per pack (see `pack_dtype`); np.load opens them
+        metadata.json                          written last: without it the output does not exist
+
+A file appears under its name only when it is whole: it is written to a temporary name, synced, and renamed.
+`ParquetWriter` writes Megatron-Bridge's own packed schema instead. docs/format.md describes every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_sft.errors import UserError, first_line
+from nemotron_sft.files import AtomicFile, write_json
+from nemotron_sft.record import digests, lineage
+
+FORMAT, VERSION = "nemotron-sft-packed", 1
+SPLITS = ("training", "validation", "test")
+
+
+def pack_dtype(pack_size: int, max_sequences: int) -> np.dtype:
+    """The dtype of one pack.
+
+    input_ids  int32 (pack_size,)          tokens; past the last boundary the pad id
+    loss_mask  uint8 (pack_size,)          1 where the token itself is assistant output, so a training target
+    cu_seqlens int32 (max_sequences + 1,)  boundaries in tokens: sequence k is cu_seqlens[k]:cu_seqlens[k+1];
+                                           entries after the last boundary repeat it
+
+    Fields are aligned to 4 bytes, hence up to 3 bytes of padding where pack_size is not a multiple of 4.
+    """
+    fields = [
+        ("input_ids", "<i4", (pack_size,)),
+        ("loss_mask", "u1", (pack_size,)),
+        ("cu_seqlens", "<i4", (max_sequences + 1,)),
+    ]
+    return np.dtype(fields, align=True)
+
+
+class PackWriter:
+    """Stream `packs` records of `dtype` to a .npy file; memory holds one chunk at a time.
+
+        with PackWriter(path, packs, dtype) as writer:
+            writer.write(records)  # (n,) of dtype, as often as you like
+        writer.bytes, writer.sha256
+
+    Raises ValueError, and leaves no file, when the number of records is not `packs`.
+    """
+
+    def __init__(self, path: str | Path, packs: int, dtype: np.dtype, threads: int = 1):
+        self.file = AtomicFile(path, threads)
+        self.packs, self.dtype, self.written = packs, dtype, 0
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            stack.enter_context(self.file)
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, records: np.ndarray) -> None:
+        if records.dtype != self.dtype:
+            raise ValueError(f"records of {records.dtype} for a file of {self.dtype}")
+        self.written += len(records)
+        if len(records):
+            self._append(records)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None and self.written != self.packs:
+            error = ValueError(f"{self.file.path}: {self.written} packs written, {self.packs} announced")
+            self._stack.__exit__(ValueError, error, None)
+            raise error
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def bytes(self) -> int:
+        return self.file.bytes
+
+    @property
+    def sha256(self) -> str:
+        return self.file.sha256
+
+    # What a format decides:
+
+    def _open(self, stack: ExitStack) -> None:
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.packs,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def _append(self, records: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(records).view(np.uint8))
+
+
+class ParquetWriter(PackWriter):
+    """The same, into Megatron-Bridge's packed schema, which its GPTSFTPackedParquetDataset reads.
+
+    Columns: input_ids list<int32> without padding, loss_mask list<int8>, seq_start_id list<int32>. Bridge
+    pairs loss_mask[j] with the label input_ids[j + 1], so the mask moves one place to the left inside every
+    sequence; the last token of a sequence, which has no label, gets 0.
+
+    Raises ValueError for a name that Bridge would not read.
+    """
+
+    # Bridge decodes a whole row group for every pack that it picks at random, so groups are smaller than the
+    # 500 packs of Bridge's own writer.
+    ROW_GROUP = 64
+
+    def _open(self, stack: ExitStack) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not str(self.file.path).endswith(".idx.parquet"):
+            raise ValueError(f"{self.file.path}: Megatron-Bridge reads packs from names ending in .idx.parquet")
+        kinds = {"input_ids": pa.int32(), "loss_mask": pa.int8(), "seq_start_id": pa.int32()}
+        self.schema = pa.schema([(name, pa.list_(kind)) for name, kind in kinds.items()])
+        self.parquet = stack.enter_context(pq.ParquetWriter(self.file, self.schema, compression="zstd"))
+
+    def _append(self, records: np.ndarray) -> None:
+        import pyarrow as pa
+
+        for low in range(0, len(records), self.ROW_GROUP):
+            columns = _bridge_columns(records[low : low + self.ROW_GROUP])
+            lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values, offsets in columns]
+            self.parquet.write_table(pa.table(lists, schema=self.schema))
+
+
+def open_packs(path: str | Path) -> np.memmap:
+    """Memory-map a packed .npy file: (packs,) of `pack_dtype`, read-only. Opening reads the header only.
+
+    Raises UserError for a file that is missing, truncated, of another kind, or pickled.
+    """
+    path = Path(path)
+    again = "copy it again, or prepare the data again with recipes/prep.py"
+    if not path.is_file():
+        raise UserError(f"no packed data at {path}: prepare it with recipes/prep.py")
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            shape, fortran, dtype = read_header[version](file)
+        except (ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path} is no .npy file ({first_line(error)}): {again}") from None
+        offset = file.tell()
+    if dtype.hasobject:
+        raise UserError(
+            f"{path} holds pickled Python objects (Megatron-Bridge's old packed format): "
+            "prepare the data again with recipes/prep.py"
+        )
+    if not _is_pack(dtype) or len(shape) != 1 or fortran:
+        raise UserError(
+            f"{path} holds {dtype} of shape {shape}, not packs (input_ids int32, loss_mask uint8, "
+            "cu_seqlens int32): prepare the data again with recipes/prep.py"
+        )
+    size, promised = path.stat().st_size, offset + shape[0] * dtype.itemsize
+    if size != promised:
+        kind = "truncated" if size < promised else "longer than it should be"
+        raise UserError(f"{path} is {kind}: {size:,} bytes where its header promises {promised:,}; {again}")
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def write_packs(path: str | Path, chunks: Iterable[np.ndarray], packs: int, threads: int = 1) -> dict:
+    """Write chunks of records, `packs` (at least one) in all, in the format that the name asks for.
+
+    `.idx.parquet` is Bridge's, everything else .npy. Returns what metadata.json says of a split: packs,
+    sequences, tokens, trained_tokens, fill (tokens / (packs * pack_size)), file, bytes and sha256 (hex).
+    Raises ValueError, and leaves no file, when the chunks hold fewer or more packs.
+    """
+    path, chunks = Path(path), iter(chunks)
+    first = next(chunks)
+    kind = ParquetWriter if path.suffix == ".parquet" else PackWriter
+    sequences = tokens = trained = 0
+    with kind(path, packs, first.dtype, threads) as writer:
+        for records in chain([first], chunks):
+            writer.write(records)
+            sequences += int((np.diff(records["cu_seqlens"]) > 0).sum())
+            tokens += int(records["cu_seqlens"][:, -1].sum(dtype=np.int64))
+            trained += int(records["loss_mask"].sum(dtype=np.int64))
+    return {
+        "packs": packs, "sequences": sequences, "tokens": tokens, "trained_tokens": trained,
+        "fill": round(tokens / (packs * first["input_ids"].shape[1]), 6),
+        "file": path.name, "bytes": writer.bytes, "sha256": writer.sha256,
+    }  # fmt: skip
+
+
+def _bridge_columns(records: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Bridge's columns for (n,) packs as (values, offsets): pack p has values[offsets[p]:offsets[p+1]]."""
+    cu = records["cu_seqlens"]
+    used = np.diff(cu) > 0
+    pack = np.nonzero(used)[0]
+    shifted = np.zeros_like(records["loss_mask"])
+    shifted[:, :-1] = records["loss_mask"][:, 1:]
+    shifted[pack, cu[:, 1:][used] - 1] = 0
+    real = np.arange(shifted.shape[1]) < cu[:, -1:]
+    tokens, sequences = (
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int32) for counts in (cu[:, -1], used.sum(1))
+    )
+    ids, mask, starts = records["input_ids"][real], shifted[real].view(np.int8), cu[:, :-1][used]
+    return [(ids, tokens), (mask, tokens), (starts, sequences)]
+
+
+def read_pack(path: str | Path, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One pack without its padding, from either format.
+
+    Returns ids int32 (tokens,), loss_mask uint8 (tokens,), cu_seqlens int32 (sequences + 1,). Parquet has
+    lost the mask of each sequence's first token, which is never a target. Raises UserError when there is no
+    such pack.
+    """
+    path = Path(path)
+    if path.suffix != ".parquet":
+        packs = open_packs(path)
+        _check_index(path, index, len(packs))
+        ids, mask, cu = packs[index]
+        cu = cu[: int((np.diff(cu) > 0).sum()) + 1]
+        return np.array(ids[: cu[-1]]), np.array(mask[: cu[-1]]), np.array(cu)
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is no whole Parquet file ({first_line(error)}): prepare it again") from None
+    with file:
+        _check_index(path, index, file.metadata.num_rows)
+        group = 0
+        while index >= (rows := file.metadata.row_group(group).num_rows):
+            index, group = index - rows, group + 1
+        row = file.read_row_group(group).slice(index, 1).to_pydict()
+    ids = np.array(row["input_ids"][0], np.int32)
+    cu = np.array([*row["seq_start_id"][0], len(ids)], np.int32)
+    mask = np.roll(np.array(row["loss_mask"][0], np.uint8), 1)
+    mask[cu[:-1]] = 0
+    return ids, mask, cu
+
+
+def read_metadata(directory: str | Path) -> dict:
+    """The metadata of a finished output; UserError where there is none or one of another format version."""
+    import orjson
+
+    path = Path(directory) / "metadata.json"
+    try:
+        metadata = orjson.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no metadata.json in {directory}: not a finished output of recipes/prep.py") from None
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON ({error}): prepare the data again with recipes/prep.py") from None
+    found = (metadata.get("format"), metadata.get("version")) if isinstance(metadata, dict) else None
+    if found != (FORMAT, VERSION):
+        raise UserError(f"{path} says format, version {found}, not {(FORMAT, VERSION)}: prepare the data again")
+    return metadata
+
+
+def _is_pack(dtype: np.dtype) -> bool:
+    """Whether dtype is `pack_dtype` of some sizes."""
+    if dtype.names != ("input_ids", "loss_mask", "cu_seqlens"):
+        return False
+    ids, mask, cu = (dtype[name] for name in dtype.names)
+    shapes = len(ids.shape) == 1 and mask.shape == ids.shape and len(cu.shape) == 1
+    return shapes and (ids.base, mask.base, cu.base) == (np.dtype("<i4"), np.dtype("u1"), np.dtype("<i4"))
+
+
+def _check_index(path: Path, index: int, packs: int) -> None:
+    if not 0 <= index < packs:
+        raise UserError(f"no pack {index} in {path}: it has {packs}, numbered from 0")
+
+
+def write_metadata(directory: str | Path, metadata: dict) -> None:
+    """Write metadata.json. It is the commit mark of an output, so write it last."""
+    write_json(Path(directory) / "metadata.json", metadata)
+
+
+def find_data(path: str, output_dir: str | Path) -> Path:
+    """The prep output to train on; "latest" is the one committed last under output_dir/data."""
+    if path != "latest":
+        return Path(path)
+    root = Path(output_dir, "data")
+    committed = sorted(root.glob("*/metadata.json"), key=lambda file: file.stat().st_mtime)
+    if not committed:
+        raise UserError(f"no prepared data under {root}: run python recipes/prep.py first, or give data=PATH")
+    return committed[-1].parent
+
+
+def check_data(data_dir: Path, verify: str = "sizes") -> dict:
+    """The metadata of a prep output whose files are all there and whole; verify="full" reads every byte."""
+    if verify not in ("sizes", "full"):
+        raise UserError(f"data.verify={verify}: choose sizes or full")
+    metadata = read_metadata(data_dir)
+    if metadata["format_on_disk"] != "npy":
+        raise UserError(
+            f"{data_dir} is in {metadata['format_on_disk']} format for stock Bridge: prepare it with format=npy"
+        )
+    for split in SPLITS:
+        facts = metadata["splits"][split]
+        if facts["packs"] and len(open_packs(data_dir / facts["file"])) != facts["packs"]:
+            raise UserError(
+                f"{data_dir / facts['file']} does not hold the {facts['packs']} packs that metadata.json names"
+            )
+    if verify == "full":
+        digests.verify(data_dir, lineage.data_files(metadata))
+    return metadata

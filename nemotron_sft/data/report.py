@@ -1,0 +1,291 @@
+"""What prep made, for people: tables in the terminal, report.html beside the data, and a look into a pack.
+
+In both, trained tokens are green and context is grey, so that a wrong loss mask is seen rather than computed.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nemotron_sft.console import console, table
+from nemotron_sft.data.packed import read_metadata, read_pack
+from nemotron_sft.errors import UserError
+from nemotron_sft.files import AtomicFile
+
+if TYPE_CHECKING:
+    from nemotron_sft.data.tokens import Tokenizer
+
+SHOWN_PACKS = 6  # in report.html, spread evenly over the training packs
+SHOWN_TOKENS = 8192  # of each
+
+
+def print_report(metadata: dict) -> None:
+    """Print the mix, the splits, the lengths and the drops of an output. metadata: see docs/format.md."""
+    from rich.markup import escape
+
+    datasets = metadata["blend"]["datasets"]
+    names = [escape(d["name"]) for d in datasets]  # rich reads [...] as markup
+    table(
+        f"Mix of {escape(metadata['blend']['name'])}",
+        ["data set", "weight", "requested", "realised", "sequences", "tokens", "trained"],
+        [
+            (name, f"{d['weight']:g}", percent(d["requested_share"]), percent(d["realised_share"]),
+             number(d["sequences"]), number(d["tokens"]), share(d["trained_tokens"], d["tokens"]))
+            for name, d in zip(names, datasets, strict=True)
+        ],
+    )  # fmt: skip
+    table(
+        "Records",
+        ["data set", "read", "kept", "dropped", "truncated sequences"],
+        [
+            (
+                name,
+                number(d["records_read"]),
+                number(d["records_kept"]),
+                number(dropped(d)),
+                number(d["truncated"]),
+            )
+            for name, d in zip(names, datasets, strict=True)
+        ],
+    )
+    table(
+        f"Packs of {metadata['pack_size']:,} tokens",
+        ["split", "packs", "sequences", "tokens", "trained", "fill", "size"],
+        [
+            (name, number(s["packs"]), number(s["sequences"]), number(s["tokens"]),
+             share(s["trained_tokens"], s["tokens"]), percent(s["fill"]), size(s["bytes"]))
+            for name, s in metadata["splits"].items()
+        ],
+    )  # fmt: skip
+    out = console()
+    out.print("Sequence lengths in tokens, before cutting", style="bold")
+    for bar in histogram(metadata):
+        note = " a whole pack or more" if bar["over"] else ""
+        out.print(f"  below {bar['high']:>9,} {'█' * round(30 * bar['height']):30} {number(bar['count'])}{note}")
+    if drops := all_drops(metadata):
+        out.print("Dropped", style="bold")
+        for drop in drops:
+            detail = f" ({drop['detail']})" if drop["detail"] else ""
+            where = f"{drop['dataset']}, first at {drop['first']}{detail}"
+            out.print(f"  {number(drop['count'])} x {drop['reason']}: {where}", markup=False)
+    out.print(f"{metadata['wall_seconds']:,.1f} s, {metadata['tokens_per_second']:,.0f} tokens/s")
+
+
+def write_report(directory: str | Path, metadata: dict, tokenizer: Tokenizer | None = None) -> None:
+    """Write report.html, one file without references to others, into an output whose packs are already there.
+
+    It shows the figures of `metadata` and a few packs as text. tokenizer: the one that made them, if it is open.
+    Raises UserError if it is not given and gone or another one.
+    """
+    from jinja2 import Environment
+    from markupsafe import Markup, escape
+
+    def marked(run: tuple[str, bool, bool]) -> Markup:
+        text, trained, special = run
+        html = escape(text)
+        if trained:
+            html = html.replace("\n", Markup("<em>↵</em>\n"))
+        if special:
+            html = Markup("<b>{}</b>").format(html)
+        return Markup('<span class="t">{}</span>').format(html) if trained else html
+
+    directory = Path(directory)
+    datasets, splits = metadata["blend"]["datasets"], metadata["splits"]
+    tokens = sum(s["tokens"] for s in splits.values())
+    trained = sum(s["trained_tokens"] for s in splits.values())
+    packs = sum(s["packs"] for s in splits.values())
+    figures = [
+        (number(packs), "packs"),
+        (number(sum(s["sequences"] for s in splits.values())), "sequences"),
+        (number(tokens), "tokens"),
+        (share(trained, tokens), "trained"),
+        (share(tokens, packs * metadata["pack_size"]), "fill"),
+        (number(sum(map(dropped, datasets))), "dropped"),
+        (number(round(metadata["tokens_per_second"])), "tokens/s"),
+    ]
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "number": number, "percent": percent, "size": size, "marked": marked, "drops": dropped,
+        "size_of_tokens": lambda n: number(n) if n < 1024 else f"{n / 1024:g}k",
+    }  # fmt: skip
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    html = template.render(
+        m=metadata,
+        figures=figures,
+        share=share,
+        largest_share=max([d[key] for d in datasets for key in ("requested_share", "realised_share")] + [1e-9]),
+        histogram=histogram(metadata),
+        drops=all_drops(metadata),
+        packs=_shown_packs(directory, metadata, tokenizer or _tokenizer(metadata)),
+    )
+    with AtomicFile(directory / "report.html") as file:
+        file.write(html.encode())
+
+
+def inspect(path: str | Path, pack: int = 0) -> None:
+    """Print one pack as text: trained tokens green, context grey, special tokens bold.
+
+    path: an output directory (its training packs) or one of the packed files in it. Where there are no
+    colours, as in a pipe, trained text stands between « and ». Raises UserError.
+    """
+    path = Path(path)
+    directory = path.parent if path.is_file() else path
+    metadata = read_metadata(directory)
+    if path == directory:
+        path = directory / metadata["splits"]["training"]["file"]
+    shown = _described(path, pack, metadata, _tokenizer(metadata), limit=None)
+
+    from rich.text import Text
+
+    out = console()
+    colours = out.color_system is not None
+    out.print(
+        f"{path}: pack {pack}, {len(shown['sequences'])} sequences, {shown['tokens']:,} tokens, "
+        f"{share(shown['trained'], shown['tokens'])} trained, {shown['padding']:,} padding",
+        markup=False,
+    )
+    for index, sequence in enumerate(shown["sequences"], start=1):
+        length = sequence["high"] - sequence["low"]
+        out.rule(f"sequence {index}: {length:,} tokens, {share(sequence['trained'], length)} trained", align="left")
+        text = Text()
+        open_mark = False
+        for piece, trained, is_special in sequence["runs"]:
+            if not colours and trained != open_mark:
+                text.append("«" if trained else "»")
+                open_mark = trained
+            text.append(piece, ("bold " if is_special else "") + ("green" if trained else "bright_black"))
+        if open_mark:
+            text.append("»")
+        out.print(text)
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """12,345 as it is; from ten million on in millions or billions."""
+    for unit, letter in ((1e9, "B"), (1e6, "M")):
+        if value >= 10 * unit:
+            return f"{value / unit:,.1f}{letter}"
+    return f"{value:,}"
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}" if value < 0.999 or value == 1 else f"{value:.3%}"
+
+
+def share(part: float, whole: float) -> str:
+    return percent(part / whole) if whole else "-"
+
+
+def size(nbytes: int) -> str:
+    unit = next((u for u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if nbytes >= u[0]), (1, "B"))
+    return f"{nbytes / unit[0]:.3g} {unit[1]}"
+
+
+def dropped(dataset: dict) -> int:
+    """How much of a data set was dropped, whatever the reason."""
+    return sum(drop["count"] for drop in dataset["dropped"].values())
+
+
+def all_drops(metadata: dict) -> list[dict]:
+    """Every reason of every data set, the most frequent first."""
+    drops = [
+        {
+            "dataset": d["name"],
+            "reason": reason,
+            "count": drop["count"],
+            "first": drop["first"],
+            "detail": (drop.get("detail") or "").removeprefix(reason).lstrip(": "),
+        }
+        for d in metadata["blend"]["datasets"]
+        for reason, drop in d["dropped"].items()
+    ]
+    return sorted(drops, key=lambda drop: -drop["count"])
+
+
+def histogram(metadata: dict) -> list[dict]:
+    """The bars of the length histogram from the first to the last that is not empty.
+
+    A bar counts sequences of low to high - 1 tokens. Each has low, high, count, height (0..1) and over
+    (whether its sequences fill or exceed a pack).
+    """
+    edges, counts = metadata["lengths"]["edges"], metadata["lengths"]["counts"]
+    used = np.flatnonzero(counts)
+    if not len(used):
+        return []
+    return [
+        {
+            "low": edges[i], "high": edges[i + 1], "count": counts[i], "height": counts[i] / max(counts),
+            "over": edges[i] >= metadata["pack_size"],
+        }
+        for i in range(used[0], used[-1] + 1)
+    ]  # fmt: skip
+
+
+# --- packs as text -----------------------------------------------------------------------------------------
+
+
+def _tokenizer(metadata: dict) -> Tokenizer:
+    """The tokenizer that an output was made with."""
+    from nemotron_sft.data.tokens import load_tokenizer
+
+    made_with = metadata["tokenizer"]
+    tokenizer = load_tokenizer(made_with["model"], revision=made_with.get("revision"), backend="tokenizers")
+    if tokenizer.digest != made_with["digest"]:
+        raise UserError(f"tokenizer {made_with['model']} is not the one that the data was made with")
+    return tokenizer
+
+
+def _shown_packs(directory: Path, metadata: dict, tokenizer: Tokenizer) -> list[dict]:
+    """A few packs, described for the HTML."""
+    training = metadata["splits"]["training"]
+    return [
+        _described(directory / training["file"], int(index), metadata, tokenizer, SHOWN_TOKENS)
+        for index in np.unique(np.linspace(0, training["packs"] - 1, SHOWN_PACKS).round())
+    ]
+
+
+def _described(path: Path, index: int, metadata: dict, tokenizer: Tokenizer, limit: int | None) -> dict:
+    """A pack's sequences as runs of text, up to `limit` tokens of them, and a drawing of its layout."""
+    ids, mask, cu = read_pack(path, index)
+    is_special = np.isin(ids, tokenizer.added_ids)
+    sequences, left = [], limit or len(ids)
+    for low, high in pairwise(cu.tolist()):
+        if left <= 0:
+            break
+        end = min(high, low + left)
+        left -= high - low
+        runs = [
+            (tokenizer.decode(ids[a:b]), bool(mask[a]), bool(is_special[a]))
+            for a, b in _runs(mask[low:end], is_special[low:end], low)
+        ]
+        sequences.append(
+            {
+                "low": low,
+                "high": high,
+                "trained": int(mask[low:high].sum()),
+                "runs": runs,
+                "hidden": high - end,
+            }
+        )
+    strip = [(a, b - a, "t" if mask[a] else "c") for a, b in _runs(mask, np.zeros_like(is_special), 0)]
+    gap = metadata["pack_size"] / 600
+    strip += [(int(edge) - gap / 2, gap, "b") for edge in cu[1:-1]]
+    return {
+        "split": path.name.split(".")[0], "number": index, "tokens": len(ids), "trained": int(mask.sum()),
+        "padding": metadata["pack_size"] - len(ids), "sequences": sequences,
+        "hidden_sequences": len(cu) - 1 - len(sequences), "strip": strip,
+    }  # fmt: skip
+
+
+def _runs(mask: np.ndarray, is_special: np.ndarray, offset: int) -> list[tuple[int, int]]:
+    """Cut (n,) tokens where the mask changes, and around every special token; [start, end) pairs + offset."""
+    new = np.ones(len(mask), bool)
+    new[1:] = (mask[1:] != mask[:-1]) | is_special[1:] | is_special[:-1]
+    edges = [*(np.flatnonzero(new) + offset).tolist(), len(mask) + offset]
+    return list(pairwise(edges))

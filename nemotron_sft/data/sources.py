@@ -1,0 +1,227 @@
+"""Records from wherever they are: local files, fsspec URLs and Hugging Face hub data sets.
+
+    find(dataset)     the files of a data set, downloaded if they are on the hub
+    pieces(file, ...) a file as pieces that can be read independently
+    read(piece)       the piece's records with their positions
+    locate(file, position)  "file:line" for a person
+
+JSONL (.jsonl .ndjson, or .json with one object a line), JSON (.json holding one array) and Parquet, the first
+two also compressed (.gz .zst). Plain JSONL is split by bytes and Parquet by row groups; compressed files and
+JSON arrays cannot be entered in the middle and are one piece each.
+
+A position identifies a record inside its file: the byte offset of its line in plain JSONL, otherwise the
+number of the line, array element or row, counted from 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from nemotron_sft.data.blend import Dataset
+from nemotron_sft.data.hub import endpoint, fetch
+from nemotron_sft.data.reading import COMPRESSED, FORMATS, File
+from nemotron_sft.errors import UserError
+from nemotron_sft.paths import ROOT
+
+HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w-][\w.-]*/[\w.-]+")
+
+
+def find(dataset: Dataset, *, download: bool = True) -> list[File]:
+    """The files of a data set in a fixed order. Hub files are downloaded first, unless `download` is false:
+    then each is fetched when it is first read.
+
+    A relative path counts from the working directory or, if nothing is there, from the repository.
+    Raises UserError when nothing is found, naming what there is.
+    """
+    path = dataset.path
+    if "://" in path and not path.startswith("hf://"):
+        return _remote(dataset)
+    local = Path(path).expanduser()
+    if not path.startswith("hf://"):
+        local = next((p for p in (local, ROOT / local) if p.exists() or (_is_glob(path) and _glob(p))), local)
+        if local.is_file():
+            return [_local(local)]
+        if local.is_dir():
+            names = sorted(p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file())
+            card = local / "README.md"
+            chosen = select(names, _card(card.read_text()) if card.is_file() else {}, dataset, hub=False)
+            return [_local(local / name) for name in chosen]
+        if _is_glob(path):
+            if files := [p for p in _glob(local) if p.is_file()]:
+                return [_local(p) for p in files]
+            raise UserError(f"data set {dataset.name}: no file matches {path}")
+    if HUB_ID.fullmatch(path) and not path.endswith((*FORMATS, *COMPRESSED)):
+        return _hub(dataset, download)
+    raise UserError(f"data set {dataset.name}: no such file or directory: {path}")
+
+
+def _is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[")
+
+
+def _glob(path: Path) -> list[Path]:
+    import glob
+
+    return [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+
+
+def _local(path: Path) -> File:
+    if not _is_data(path.name):
+        raise UserError(f"{path}: not a data file; known are {' '.join(FORMATS)}, also with {' '.join(COMPRESSED)}")
+    stat = path.stat()
+    return File(str(path), str(path), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _is_data(name: str) -> bool:
+    if name.rpartition("/")[2].startswith((".", "_")):
+        return False
+    if name.endswith(".parquet"):
+        return True
+    for packed in COMPRESSED:
+        name = name.removesuffix(packed)
+    return name.endswith((".jsonl", ".ndjson", ".json"))
+
+
+def _remote(dataset: Dataset) -> list[File]:
+    """Files behind an fsspec URL (s3://, gs://, https://, ...): a file, a glob, or a folder."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(dataset.path)
+        if _is_glob(path):
+            found = fs.glob(path, detail=True).values()
+            infos = [info for info in found if info["type"] == "file" and _is_data(info["name"])]
+        elif fs.isfile(path):
+            infos = [fs.info(path)]
+        else:
+            infos = list(fs.find(path, detail=True).values())
+            base = str(path).rstrip("/") + "/"
+            names = {info["name"].removeprefix(base): info for info in infos}
+            infos = [names[name] for name in select(sorted(names), {}, dataset, hub=False)]
+    except ImportError as error:
+        raise UserError(f"data set {dataset.name}: {dataset.path} needs a package: {error}") from None
+    except Exception as error:  # every backend has its own exceptions
+        raise UserError(f"data set {dataset.name}: cannot list {dataset.path}: {error!r}") from None
+    if not infos:
+        raise UserError(f"data set {dataset.name}: nothing at {dataset.path}")
+    files = []
+    for info in sorted(infos, key=lambda info: info["name"]):
+        url = fs.unstrip_protocol(info["name"])
+        changes = [info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime")]
+        stamp = "-".join(str(value) for value in (info.get("size"), *changes) if value is not None)
+        files.append(File(url, url, info.get("size") or 0, stamp))
+    return files
+
+
+def _hub(dataset: Dataset, download: bool) -> list[File]:
+    """Files of a Hugging Face data set at one commit. Interrupted downloads are resumed by
+    huggingface_hub."""
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo = dataset.path.removeprefix("hf://").removeprefix("datasets/")
+    where = f"data set {dataset.name}: {repo}"
+    try:
+        info = huggingface_hub.HfApi().dataset_info(repo, revision=dataset.revision, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
+        card = {}
+        if "README.md" in sizes:
+            card = _card(Path(fetch(repo, info.sha, "README.md")).read_text())
+        chosen = select(sorted(sizes), card, dataset, hub=True)
+        if download:
+            patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in chosen]
+            huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
+    except RepositoryNotFoundError:
+        raise UserError(f"{where}: neither a path here nor a data set on {endpoint()} (or it needs a login)") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{where}: no revision {dataset.revision} on {endpoint()}") from None
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: cannot be fetched from {endpoint()}: {reason}; rerun to resume") from None
+    stamp = f"hf://datasets/{repo}@{info.sha}"
+    return [File(name, f"{stamp}/{name}", sizes[name], stamp, (repo, info.sha)) for name in chosen]
+
+
+def _card(text: str) -> dict[str, Any]:
+    """The YAML header of a data set card."""
+    import yaml
+
+    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        card = yaml.safe_load(header[1]) if header else {}
+    except yaml.YAMLError:
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list[str]:
+    """Which of a repository's or directory's files belong to `dataset.subset` and `dataset.split`.
+
+    The card's `configs` decide where they exist: each of the two words names a config or a split (data sets
+    differ in which they use). Otherwise a word must be part of the file's path:
+    data/train-00000-of-00002.parquet belongs to train. With neither word a directory is taken whole, a hub
+    data set must have one split or `train`.
+    """
+    data = [name for name in names if _is_data(name) and not name.startswith(".")]
+    words = [word for word in (dataset.subset, dataset.split) if word]
+    parts = [
+        (config, split, [n for n in data if any(fnmatch(n, g) for g in globs)]) for config, split, globs in _parts(card)
+    ]
+    parts = [(config, split, files) for config, split, files in parts if files]
+    chosen = [part for part in parts if all(word in part[:2] for word in words)]
+    if chosen and not dataset.subset and len({config for config, _, _ in chosen}) > 1:
+        default = [part for part in chosen if part[0] == _default(card)]
+        chosen = default or _ambiguous(dataset, "subset", {config for config, _, _ in chosen})
+    if chosen and not words:
+        splits = {split for _, split, _ in chosen}
+        if len(splits) > 1:
+            chosen = [p for p in chosen if p[1] == "train"] or _ambiguous(dataset, "split", splits)
+    if chosen:
+        return sorted({name for _, _, files in chosen for name in files})
+
+    files = [n for n in data if all(re.search(rf"(^|[/._-]){re.escape(w)}($|[/._-])", n) for w in words)]
+    if not files and words == ["train"] and not parts:
+        files = data  # nothing is named after a split, so everything is training data
+    if hub and not words and len(files) > 1:
+        files = [n for n in files if re.search(r"(^|[/._-])train($|[/._-])", n)] or files
+    if not files:
+        there = sorted({split for _, split, _ in parts} | {config for config, _, _ in parts}) or data[:10]
+        wanted, there = " ".join(words) or "data files", ", ".join(there) or "no data file"
+        raise UserError(f"data set {dataset.name}: no {wanted} in {dataset.path}; there is {there}")
+    return files
+
+
+def _parts(card: dict) -> Iterator[tuple[str, str, list[str]]]:
+    """(config, split, globs) for each entry of a card's `configs`, in every notation the hub accepts."""
+    for entry in card.get("configs") or []:
+        name, files = entry.get("config_name", "default"), entry.get("data_files")
+        if isinstance(files, str):
+            files = [files]
+        if isinstance(files, dict):
+            files = [{"split": split, "path": path} for split, path in files.items()]
+        for item in files or []:
+            split, globs = (item["split"], item["path"]) if isinstance(item, dict) else ("train", item)
+            globs = [globs] if isinstance(globs, str) else globs
+            yield (
+                name,
+                str(split),
+                [f"{entry['data_dir']}/{g}" if entry.get("data_dir") else g for g in globs],
+            )
+
+
+def _default(card: dict) -> str:
+    return next((c["config_name"] for c in card["configs"] if c.get("default")), "default")
+
+
+def _ambiguous(dataset: Dataset, what: str, choices: set[str]):
+    raise UserError(f"data set {dataset.name}: say which {what} of {dataset.path}: {', '.join(sorted(choices))}")

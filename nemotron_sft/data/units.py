@@ -1,0 +1,210 @@
+"""Work units: the inputs cut into pieces that any process can tokenize, in any order, on any machine.
+
+    todo = plan(cfg)            which units there are; depends on the inputs and settings alone
+    run_unit(todo, unit)        records -> template -> tokens, into one spool file
+
+A unit's key is a fingerprint of its input and of every setting that shapes its tokens, and a spool file
+appears under that name only when it is whole. So work that is done is never redone, and a changed setting
+never picks up stale tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_sft.data import reading
+from nemotron_sft.data.chat import ChatError
+from nemotron_sft.data.plan import Plan, Unit
+from nemotron_sft.data.spool import INDEX, Spool, SpoolWriter
+from nemotron_sft.data.tokens import tokenize
+from nemotron_sft.errors import UserError
+
+LENGTH_EDGES = [0, *(2**k for k in range(4, 21))]  # of the length histogram, in tokens
+BATCH_CHARACTERS = 2 << 20  # of text tokenized in one call
+CHOSEN = ("longer than pack_size", "no trained token within pack_size")  # drops that the settings ask for
+SUMS = ("records_read", "records_matched", "records_kept", "passes", "sequences", "tokens", "trained_tokens",
+        "truncated")  # fmt: skip
+
+
+def run_unit(todo: Plan, unit: Unit) -> dict:
+    """Tokenize one unit into its spool file, unless that exists, and return the unit's statistics.
+
+    Raises UserError, naming file and line, for a record that is not JSON, and for an unusable record if the
+    plan allows no drops.
+    """
+    path = todo.spool(unit)
+    if path.exists():
+        with Spool(path) as spool:
+            return spool.stats
+    work = _Work(todo, unit)
+    with SpoolWriter(path) as spool:
+        for batch in work.batches():
+            work.write(batch, *tokenize(todo.tokenizer, batch.sequences), spool)
+        spool.finish(work.stats)
+    return work.stats
+
+
+@dataclass
+class _Batch:
+    """Sequences waiting to be tokenized, with what is known of each."""
+
+    sequences: list = field(default_factory=list)
+    conversations: list[int] = field(default_factory=list)  # hash of the conversation it came from
+    copies: list[int] = field(default_factory=list)
+    origins: list[tuple[int, int]] = field(default_factory=list)  # (index of the piece, position)
+    characters: int = 0
+
+
+class _Work:
+    """One unit in the making: counts, drops, and the batches to tokenize."""
+
+    def __init__(self, todo: Plan, unit: Unit):
+        self.todo, self.unit, self.dataset = todo, unit, todo.datasets[unit.dataset]
+        self.stats: dict[str, Any] = {
+            **dict.fromkeys(SUMS, 0), "dropped": {}, "lengths": [0] * (len(LENGTH_EDGES) - 1)
+        }  # fmt: skip
+
+    def batches(self) -> Iterator[_Batch]:
+        """Render the unit's records, a bounded amount of text at a time."""
+        todo, stats, batch = self.todo, self.stats, _Batch()
+        for origin, record in self.records():
+            stats["records_matched"] += 1
+            copies = self.copies(origin)
+            stats["passes"] += copies
+            if not copies:
+                continue
+            try:
+                messages = _parsed(record.get(todo.messages_field), "messages")
+                tools = _parsed(record.get(todo.tools_field), "tools")
+                sequences = todo.template.training_sequences(messages, tools)
+            except ChatError as error:
+                self.drop(error.reason, origin, self.explained(error, record))
+                continue
+            text = "".join([text for spans in sequences for _, text in spans])
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            stats["records_kept"] += 1
+            conversation = int.from_bytes(digest, "little")
+            for spans in sequences:
+                batch.sequences.append(spans)
+                batch.conversations.append(conversation)
+                batch.copies.append(copies)
+                batch.origins.append(origin)
+            batch.characters += len(text)
+            if batch.characters >= BATCH_CHARACTERS:
+                yield batch
+                batch = _Batch()
+            if stats["records_kept"] == todo.sample:
+                break
+        if batch.sequences:
+            yield batch
+
+    def records(self) -> Iterator[tuple[tuple[int, int], dict]]:
+        """((index of the piece, position), record) of every record that passes the filter."""
+        columns = [self.todo.messages_field, self.todo.tools_field, *self.dataset.filter]
+        for index, piece in enumerate(self.unit.pieces):
+            for position, record in reading.read(piece, columns):
+                self.stats["records_read"] += 1
+                if not self.dataset.filter or self.dataset.keeps(record):
+                    yield (index, position), record
+
+    def copies(self, origin: tuple[int, int]) -> int:
+        """How often a record enters the data: the whole passes, and one more for a seeded share."""
+        whole, part = divmod(self.dataset.weight, 1)
+        if not part:
+            return int(whole)
+        file = Path(self.unit.pieces[origin[0]].file.path).name
+        draw = f"{self.todo.seed} {self.dataset.name} {file} {origin[1]}"
+        digest = hashlib.blake2b(draw.encode(), digest_size=8).digest()
+        return int(whole) + (int.from_bytes(digest, "little") < part * 2**64)
+
+    def drop(self, reason: str, origin: tuple[int, int], detail: str = "") -> None:
+        """Count a drop and remember the first of its kind. Raises UserError if the plan allows no drops."""
+        if reason not in CHOSEN and not self.todo.drops_allowed:
+            where = reading.locate(self.unit.pieces[origin[0]].file, origin[1])
+            raise UserError(f"{where}: {detail or reason}; mend it, or allow drops with max_drop_ratio=0.01")
+        entry = self.stats["dropped"].setdefault(reason, {"count": 0, "first": origin, "detail": detail})
+        entry["count"] += 1
+
+    def explained(self, error: ChatError, record: dict) -> str:
+        name = self.todo.messages_field
+        if name in record:
+            return str(error)
+        return f"no messages: the record has no {name} (messages_field), only {', '.join(record) or 'nothing'}"
+
+    def write(self, batch: _Batch, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, spool: SpoolWriter) -> None:
+        """Cut what is over-long, drop what has nothing to train on, and append the rest to the spool.
+
+        ids, mask: (tokens,); offsets: (sequences + 1,), as `tokenize` returns them.
+        """
+        todo, stats = self.todo, self.stats
+        lengths = np.diff(offsets)
+        kept = np.minimum(lengths, todo.pack_size)
+        trained_before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+        trained = trained_before[offsets[:-1] + kept] - trained_before[offsets[:-1]]
+        over = lengths > todo.pack_size
+        good = trained > 0
+        if not todo.truncate:
+            good &= ~over
+        for i in np.flatnonzero(~good):
+            unusable = trained_before[offsets[i + 1]] == trained_before[offsets[i]]
+            self.drop("no trained token" if unusable else CHOSEN[int(todo.truncate)], batch.origins[i])
+
+        signed = np.where(mask, ~ids, ids).astype("<i4", copy=False)
+        if over.any() or not good.all():
+            cut = [signed[offsets[i] : offsets[i] + kept[i]] for i in np.flatnonzero(good)]
+            signed = np.concatenate([signed[:0], *cut])
+        index = np.empty(int(good.sum()), INDEX)
+        index["conversation"] = np.array(batch.conversations, np.uint64)[good]
+        index["copies"] = np.array(batch.copies, np.uint16)[good]
+        index["length"], index["trained"] = kept[good], trained[good]
+        spool.append(signed, index)
+
+        counted = np.histogram(np.minimum(lengths, LENGTH_EDGES[-1]), LENGTH_EDGES)[0]
+        stats["lengths"] = (counted + stats["lengths"]).tolist()
+        stats["truncated"] += int((over & good).sum())
+        copies = index["copies"].astype(np.int64)
+        stats["sequences"] += int(copies.sum())
+        stats["tokens"] += int((copies * index["length"]).sum())
+        stats["trained_tokens"] += int((copies * index["trained"]).sum())
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """Messages or tools; some data sets store them as JSON text."""
+    import orjson
+
+    if isinstance(value, str) and value.strip():
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise ChatError(f"bad {what}", f"text that is not JSON: {error}") from None
+    return value
+
+
+def trusted(todo: Plan, pool: Executor | None = None, characters: int = 100_000) -> Plan:
+    """The plan, with the reference encoder if the fast one errs on the run's own spans.
+
+    load_tokenizer has compared the two on texts made for it; this adds the first spans of every data set.
+    `pool`: see there.
+    """
+    if todo.tokenizer.backend == "tokenizers":
+        return todo
+    reference = replace(todo.tokenizer, backend="tokenizers")
+    for number in range(len(todo.datasets)):
+        unit = next((unit for unit in todo.units if unit.dataset == number), None)
+        few = replace(todo, sample=min(todo.sample or 200, 200), drops_allowed=True)
+        batch = next(_Work(few, unit).batches(), None) if unit else None
+        spans = [text for spans in batch.sequences for _, text in spans] if batch else []
+        spans = spans[: np.searchsorted(np.cumsum([len(text) for text in spans]), characters) + 1]
+        fast = pool.submit(todo.tokenizer.encode_batch, spans) if pool else None
+        expected = reference.encode_batch(spans)
+        got = fast.result() if fast else todo.tokenizer.encode_batch(spans)
+        if not all(map(np.array_equal, got, expected)):
+            return replace(todo, tokenizer=reference)
+    return todo

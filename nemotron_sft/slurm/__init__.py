@@ -1,0 +1,1 @@
+"""Jobs on a Slurm cluster: submitted, followed, and run on their nodes."""

@@ -1,0 +1,219 @@
+"""Packs on disk -> Megatron batches.
+
+One sample is one pack. The packs of a micro batch are joined into a single row of
+`packs * pack_size` tokens in THD layout, where cu_seqlens keeps every document to itself; so the row length that
+suits the GPU does not depend on the pack size the data was written with.
+
+Where a row is split over ranks, documents are padded as context parallelism needs them when the row is made, so
+the same packs serve every topology.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_sft.data.packed import open_packs
+
+
+class PackedDataset:
+    """The packs of one split, repeated in a seeded order that is new in every epoch.
+
+    `length` samples in all, so that Megatron's sampler, which counts consumed samples, resumes in mid-epoch.
+    Index i is pack `permutation(seed, i // packs)[i % packs]`. With `once_in`, the split is read in order
+    and each run of `once_in` samples holds every pack once, then only padding (for validation).
+    context_parallel, tensor_parallel: how many ranks share a row, see `collate`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        length: int,
+        seed: int,
+        once_in: int | None = None,
+        context_parallel: int = 1,
+        tensor_parallel: int = 1,
+    ):
+        packs = open_packs(path)
+        self.count, self.length, self.seed, self.once_in = len(packs), length, seed, once_in
+        self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
+        # Read, not mapped: pages that were touched would count as this process's memory.
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as there is a data set
+        self.offset, self.bytes = packs.offset, packs.dtype.itemsize
+        self.dtype = _numbered(packs.dtype)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def pack_number(self, index: int) -> int | None:
+        """Which pack sample `index` is; None for a sample of padding only."""
+        if self.once_in:
+            position = index % self.once_in
+            return position if position < self.count else None
+        epoch, position = divmod(index, self.count)
+        return int(_permutation(self.count, self.seed, epoch)[position])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> np.ndarray:
+        """The records of a micro batch: a structured array (len(indices),) of nemotron_sft.data.packed's fields and
+        `number` int64, the place in the file, or -1 for padding."""
+        records = np.zeros(len(indices), self.dtype)
+        raw = records.view(np.uint8).reshape(len(indices), -1)
+        for i, number in enumerate(map(self.pack_number, indices)):
+            records["number"][i] = -1 if number is None else number
+            if number is not None:
+                os.preadv(self.file.fileno(), [raw[i, : self.bytes]], self.offset + number * self.bytes)
+        return records
+
+    def collate_fn(self, records: np.ndarray) -> dict:
+        return collate(records, self.context_parallel, self.tensor_parallel)
+
+
+def _numbered(dtype: np.dtype) -> np.dtype:
+    """`dtype` as it lies in the file, with the record's `number` behind it, by which an error can name it."""
+    names, size = dtype.names, -(-dtype.itemsize // 8) * 8
+    offsets = [dtype.fields[name][1] for name in names]
+    formats = [dtype[name] for name in names]
+    return np.dtype(
+        {"names": [*names, "number"], "formats": [*formats, "<i8"], "offsets": [*offsets, size], "itemsize": size + 8}
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(packs: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(packs)
+
+
+def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int = 1) -> dict:
+    """Join packs into one THD row and shift the labels.
+
+    records: structured array (n,) as in nemotron_sft.data.packed. With T = n * pack_size, returns tensors
+    tokens, labels, position_ids (1, T) int64; loss_mask (1, T) float32; cu_seqlens_q, cu_seqlens_kv (1, m) int32,
+    which cover all of 0..T (a pack's padding is a sequence of its own); max_seqlen_q, max_seqlen_kv () int32;
+    trained_positions (k,) int64, where loss_mask is not 0, and others up to a multiple of 128 (or T); and counts, a
+    dict of plain numbers (tokens, trained, squares = the sum of squared lengths) with the packs' numbers.
+
+    Position i predicts token i + 1, so labels[i] = tokens[i + 1] and loss_mask[i] = mask[i + 1]; the last token of
+    a document predicts nothing.
+
+        tokens     <s> u  a  </s> <s> u  a  </s>        mask       0 0 1 1   0 0 1 1
+        labels      u  a </s>  -   u  a </s>  -         loss_mask  0 1 1 0   0 1 1 0
+
+    context_parallel > 1: each rank gets two of 2 * context_parallel equal pieces of every document (the zigzag of
+    Transformer Engine's ring attention), so every document is padded to a multiple of that with tokens that have no
+    loss; a pack's own padding is dropped. cu_seqlens_q_padded, cu_seqlens_kv_padded (1, m) are then the boundaries
+    in the row and cu_seqlens_q those of the real tokens. T is a multiple of 2 * context_parallel * tensor_parallel,
+    since sequence parallelism cuts each rank's share again.
+    """
+    import torch
+
+    packs, pack_size = records["input_ids"].shape
+    total = packs * pack_size
+    tokens = records["input_ids"].reshape(total).astype(np.int64)
+    mask = records["loss_mask"].reshape(total)
+    # Every pack's boundaries and its end, ascending. Unused entries repeat the last boundary: each is taken once.
+    boundaries = np.full((packs, records["cu_seqlens"].shape[1] + 1), pack_size, np.int64)
+    boundaries[:, :-1] = records["cu_seqlens"]
+    boundaries += np.arange(packs)[:, None] * pack_size
+    boundaries = boundaries.ravel()
+    cu_seqlens = np.concatenate([boundaries[:1], boundaries[1:][boundaries[1:] > boundaries[:-1]]])
+    last = cu_seqlens[1:] - 1
+
+    labels, trained = np.append(tokens[1:], 0), np.append(mask[1:], 0) != 0
+    labels[last], trained[last] = 0, False
+    loss_mask = trained.astype(np.float32)
+    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+    padded = None
+    if context_parallel > 1:
+        row, cu_seqlens, padded = _pad_documents(
+            row, cu_seqlens, _is_document(records, cu_seqlens), 2 * context_parallel, tensor_parallel
+        )
+    in_row = cu_seqlens if padded is None else padded
+    lengths = np.diff(cu_seqlens)
+    row["position_ids"] = np.arange(in_row[-1]) - np.repeat(in_row[:-1], np.diff(in_row))
+
+    batch = {name: torch.from_numpy(values)[None] for name, values in row.items()} | {"attention_mask": None}
+    for suffix, boundaries in (("", cu_seqlens), ("_padded", padded)):
+        if boundaries is not None:
+            shared = torch.from_numpy(boundaries.astype(np.int32))[None]
+            batch |= {f"cu_seqlens_q{suffix}": shared, f"cu_seqlens_kv{suffix}": shared}
+    longest = torch.tensor(int(np.diff(in_row).max()), dtype=torch.int32)
+    batch["trained_positions"] = torch.from_numpy(_trained_first(row["loss_mask"] != 0, 128))
+    counts = {
+        "tokens": int(in_row[-1]),
+        "trained": int(trained.sum()),
+        "squares": int((lengths**2).sum()),
+        "packs": records["number"].tolist() if "number" in records.dtype.names else [],
+    }
+    return batch | {"max_seqlen_q": longest, "max_seqlen_kv": longest, "counts": counts}
+
+
+def _trained_first(trained: np.ndarray, multiple: int) -> np.ndarray:
+    """Where `trained` (T,) bool is true, filled up with other positions to a multiple that matrix products like:
+    int64 (k,), distinct."""
+    positions = np.flatnonzero(trained)
+    return np.append(positions, np.flatnonzero(~trained)[: -len(positions) % multiple])
+
+
+def _is_document(records: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+    """Which sequences between `cu_seqlens` (m + 1,) are documents and not a pack's padding: bool (m,)."""
+    pack_size = records["input_ids"].shape[1]
+    pack, place = np.divmod(cu_seqlens[:-1], pack_size)
+    documents = place < records["cu_seqlens"][pack, -1]
+    documents[0] |= not documents.any()  # Megatron cannot take an empty row: one of only padding keeps a sequence
+    return documents
+
+
+def _pad_documents(row: dict, cu_seqlens, documents, multiple: int, tensor_parallel: int):
+    """Copy the documents of a row (arrays of T) to places that are multiples of `multiple`.
+
+    Returns the new row, the boundaries of the real tokens, and those of the places; see `collate`.
+    """
+    starts, lengths = cu_seqlens[:-1][documents], np.diff(cu_seqlens)[documents]
+    room = -(-lengths // multiple) * multiple
+    room[-1] += -room.sum() % (multiple * tensor_parallel)
+    real, padded = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (lengths, room))
+    within = np.arange(real[-1]) - np.repeat(real[:-1], lengths)  # position of every real token in its document
+    source, target = within + np.repeat(starts, lengths), within + np.repeat(padded[:-1], lengths)
+    spread = {}
+    for name, values in row.items():
+        spread[name] = np.zeros(padded[-1], values.dtype)
+        spread[name][target] = values[source]
+    return spread, real, padded
+
+
+def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, seed: int, ranks: tuple, **loader):
+    """Bridge's DatasetProvider over a prep output.
+
+    packs: number of packs by split; evaluated: samples per validation; ranks: context and tensor parallel sizes;
+    loader: fields of Bridge's DataloaderConfig.
+    (A function, because Bridge's base class is expensive to import.)
+    """
+    from megatron.bridge.data.base import DatasetProvider
+
+    @dataclasses.dataclass
+    class PackedDatasetProvider(DatasetProvider):
+        path: str = ""
+        seed: int = 0
+
+        def build_datasets(self, context):
+            endless = evaluated * 1_000_000  # validation never runs out of samples, whenever it is asked for
+            split = {
+                "training": (context.train_samples, None),
+                "validation": (endless, evaluated),
+                "test": (endless, evaluated),
+            }
+            return tuple(
+                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks)
+                if packs[name]
+                else None
+                for name, (length, once_in) in split.items()
+            )
+
+    return PackedDatasetProvider(path=path, seed=seed, dataloader_type="single", **loader)

@@ -1,0 +1,159 @@
+"""Where weights come from and where they go: Megatron checkpoints and Hugging Face directories.
+
+Megatron-Bridge converts in both directions. Weights of a Hugging Face directory are read straight into the
+training model, each rank its own part, so no converted copy lies about that could go stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemotron_sft.errors import UserError, first_line
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def starting_point(init_from: str) -> str | None:
+    """The directory whose weights training starts from; None for random ones.
+
+    init_from: a Megatron checkpoint, a run directory of ours, a Hugging Face directory, a hub id (downloaded into
+    the hub cache; every rank may ask, one per machine fetches), or "random". Raises UserError for anything else.
+    """
+    if init_from == "random":
+        return None
+    path = Path(init_from)
+    if path.is_dir():
+        if (path / "config.json").exists() and any(file for kind in WEIGHTS for file in path.glob(kind)):
+            return str(path)
+        for root in (path, path / "checkpoints"):
+            if newest := newest_iteration(root):
+                return str(newest)
+            if (root / "run_config.yaml").exists():
+                return str(root)
+        raise UserError(
+            f"init_from={init_from} holds neither a Megatron checkpoint nor a Hugging Face model (config.json and "
+            "safetensors)"
+        )
+    if init_from.count("/") != 1 or init_from.startswith((".", "/", "~")):
+        raise UserError(f"init_from={init_from}: no such directory, and not a hub id such as Qwen/Qwen3-8B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(init_from, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.py"])
+    except Exception as error:  # of the network, of access rights, of a name that does not exist
+        raise UserError(f"init_from={init_from} could not be downloaded: {first_line(error)}") from None
+
+
+def is_hf(directory: str | None) -> bool:
+    return directory is not None and Path(directory, "config.json").exists()
+
+
+def convert(model, init_from: str, checkpoints: Path, on_cpu: bool) -> None:
+    """Write the weights of a Hugging Face directory as a Megatron checkpoint of iteration 0, in this process alone.
+
+    model: Bridge's model provider. Raises UserError for other sources.
+    """
+    if not is_hf(init_from):
+        raise UserError("train.train_iters=0 converts Hugging Face weights: set init_from to a directory or hub id")
+    from megatron.bridge.training.model_load_save import save_megatron_model
+
+    with alone(on_cpu):
+        save_megatron_model(_with_hf_weights(model, init_from, on_cpu), str(checkpoints))
+
+
+@contextlib.contextmanager
+def alone(on_cpu: bool) -> Iterator[None]:
+    """Megatron's distributed set-up for this process alone, also under torchrun."""
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    with temporary_distributed_context("gloo" if on_cpu else "nccl"):
+        yield
+
+
+def _with_hf_weights(model, directory: str, on_cpu: bool) -> list:
+    """Build a model provider's model and fill it from a Hugging Face directory."""
+    from nemotron_sft.train import hf
+
+    model.perform_initialization = False
+    model.finalize()
+    built = model.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
+    hf.auto_bridge(directory).load_hf_weights(built)
+    return built
+
+
+@contextlib.contextmanager
+def trained_model(iteration: Path, on_cpu: bool) -> Iterator:
+    """The Megatron model of a checkpoint directory iter_*, adapters in place, in a set-up of this process alone."""
+    from megatron.bridge.training.utils.checkpoint_utils import read_run_config
+
+    run = read_run_config(str(iteration / "run_config.yaml"))
+    with alone(on_cpu):
+        model = _adapted(iteration, run, on_cpu) if run.get("peft") else _load(iteration, on_cpu)
+        yield model[0].eval()
+
+
+def _load(iteration: Path, on_cpu: bool) -> list:
+    from megatron.bridge.training.model_load_save import load_megatron_model
+
+    model = load_megatron_model(str(iteration), use_cpu_init=on_cpu, skip_temp_dist_context=True)
+    return model if isinstance(model, list) else [model]
+
+
+def _adapted(iteration: Path, run: dict, on_cpu: bool) -> list:
+    """The model that a LoRA run started from, with the adapters of one of its checkpoints, which holds only those."""
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training.checkpointing import (
+        _generate_model_state_dict,
+        apply_peft_adapter_filter_to_state_dict,
+    )
+    from megatron.bridge.training.model_load_save import load_model_config
+    from megatron.core import dist_checkpointing
+
+    base = run["checkpoint"]["pretrained_checkpoint"]
+    if is_hf(base):
+        provider, _ = load_model_config(str(iteration))
+        for name in ("tensor", "pipeline", "expert"):
+            setattr(provider, f"{name}_model_parallel_size", 1)
+        provider.context_parallel_size, provider.expert_tensor_parallel_size = 1, 1
+        provider.sequence_parallel, provider.virtual_pipeline_model_parallel_size = False, None
+        model = _with_hf_weights(provider, base, on_cpu)
+    else:
+        model = _load(newest_checkpoint(Path(base)), on_cpu)
+    known = {field.name for field in dataclasses.fields(LoRA) if field.init}
+    given = {key: value for key, value in run["peft"].items() if key in known and not isinstance(value, dict)}
+    lora = LoRA(**given)
+    model = lora(model, training=False)
+    wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(model, {}), lora)
+    state = dist_checkpointing.load(wanted, str(iteration))
+    model[0].load_state_dict(state["model"], strict=False)
+    return model
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint that would be loaded from `path`: the newest whole one in it, or itself."""
+    return newest_iteration(path) or path
+
+
+def newest_iteration(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint in a directory of them.
+
+    Megatron-Bridge names a checkpoint in `latest_*` files and then still writes its run_config.yaml, whose sections
+    are sorted, validation last; a process killed in between leaves a name without a checkpoint. So the directories
+    themselves are looked at. One of Megatron-LM, which has neither file, is whole if it is named.
+    """
+    for path in sorted(checkpoints.glob("iter_*"), reverse=True):
+        config = path / "run_config.yaml"
+        if config.exists() and "\nvalidation:\n" in config.read_text():
+            return path
+    try:
+        name = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
+        named = checkpoints / (name if name == "release" else f"iter_{int(name):07d}")
+    except (OSError, ValueError):
+        return None
+    return named if named.is_dir() and not (named / "train_state.pt").exists() else None

@@ -1,0 +1,67 @@
+"""What Megatron lacks, or does slowly, on a GPU.
+
+Nothing is replaced on a GPU: Transformer Engine, its attention and its optimizer are used as they are. The one
+supplied module is APEX's fused weight-gradient kernel, where APEX is missing, through Transformer Engine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+from nemotron_sft.train.compat.cpu import skip_helper_build
+
+
+def use_gpu() -> None:
+    """Prepare this process for Megatron on a GPU. Call once, before anything imports megatron."""
+    import torch
+
+    torch.cuda.set_device(torch.cuda.current_device())  # Transformer Engine wants torch, and its context, first
+    supply_wgrad_kernel()  # before core looks for it, at import
+    skip_helper_build()
+    agree_on_signals_on_the_host()
+
+
+def supply_wgrad_kernel() -> None:
+    """Let core add weight gradients into the fp32 buffer inside the matrix product.
+
+    Transformer Engine's layers do so themselves, but core's output layer insists on APEX's
+    `fused_weight_gradient_mlp_cuda`, and refuses the fusion for the whole model without it.
+    """
+    name = "fused_weight_gradient_mlp_cuda"
+    if name in sys.modules or importlib.util.find_spec(name):
+        return
+
+    def accumulate(inputs, gradients, main_grad) -> None:
+        """main_grad (out, in) += gradients (t, out)^T inputs (t, in)"""
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+        general_gemm(
+            inputs, gradients, out_dtype=main_grad.dtype, layout="NT", out=main_grad, accumulate=True, grad=True
+        )
+
+    module = ModuleType(name)
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
+    sys.modules[name] = module
+
+
+def agree_on_signals_on_the_host() -> None:
+    """Let ranks tell each other of a SIGTERM through the CPU.
+
+    Bridge gathers that flag on the GPU after every step, and so waits for the step before it can start the next.
+    """
+    import torch
+    from megatron.bridge.training.utils.sig_utils import DistributedSignalHandler
+
+    groups = []
+
+    def signals_received(self) -> list[bool]:
+        flag = torch.tensor([self._signal_received], dtype=torch.int32)
+        if torch.distributed.get_world_size() > 1:
+            if not groups:
+                groups.append(torch.distributed.new_group(backend="gloo"))
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=groups[0])
+        return [bool(flag)]
+
+    DistributedSignalHandler.signals_received = signals_received

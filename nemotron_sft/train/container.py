@@ -1,0 +1,259 @@
+"""The composed Hydra config -> Megatron-Bridge's ConfigContainer."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from nemotron_sft.config import TrainConfig
+from nemotron_sft.errors import UserError
+from nemotron_sft.train import hf, tuning
+from nemotron_sft.train.checkpoints import is_hf, newest_iteration
+from nemotron_sft.train.topology import check_topology
+
+# Sections whose keys are set on the field of the same name of the ConfigContainer.
+SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoint", "ddp", "logger", "dist")
+# Keys of ours that are not a field of that Bridge dataclass; `build` derives what Bridge needs from them.
+OURS = {"name", "recipe", "provider", "hf", "epochs", "packs_per_microbatch", "load", "scheme", "bridge"}
+
+
+def build(
+    config: TrainConfig,
+    metadata: dict | None,
+    data_dir: Path | None,
+    run_dir: Path,
+    world_size: int,
+    gpu_bytes: int | None = None,
+):
+    """Build the ConfigContainer of a run.
+
+    metadata is the prep output's metadata.json: pack size, vocabulary and the number of packs come from there.
+    Without data (a preflight) both are None, and the model's own pack size and vocabulary stand.
+    gpu_bytes: memory of one GPU; None on the CPU. Raises UserError for settings that cannot work together.
+    """
+    container = _base(config)
+    if config.precision is not None:
+        container.mixed_precision = tuning.mixed_precision(config.precision)
+    if gpu_bytes:
+        tuning.tune(container, world_size)
+    for section in SECTIONS:
+        _apply(getattr(config, section), getattr(container, section), section)
+    model, train = container.model, container.train
+    if gpu_bytes and "bias_activation_fusion" not in config.model.bridge:
+        tuning.fuse_activation(model)
+    container.peft = _peft(config)
+
+    packs = {"training": 0, "validation": 0, "test": 0}
+    if metadata:
+        _fit_vocabulary(model, metadata["tokenizer"])
+        model.seq_length = metadata["pack_size"]
+        packs = {split: metadata["splits"][split]["packs"] for split in packs}
+        if not packs["training"]:
+            raise UserError(f"{data_dir} has no training packs: prepare more data, or give training a larger ratio")
+    elif model.vocab_size is None:
+        raise UserError(f"model {config.model.name} takes its vocabulary from the data: prepare it, or give data=PATH")
+    # Exact token weighting: the loss is the mean over all trained tokens of the global batch.
+    model.calculate_per_token_loss = True
+    container.ddp.average_in_collective = False
+
+    if config.train.packs_per_microbatch:
+        train.micro_batch_size = config.train.packs_per_microbatch
+    elif gpu_bytes:
+        train.micro_batch_size = tuning.packs_per_row(container, world_size, gpu_bytes)
+    # Pipeline stages expect rows of one pack; of several joined, or padded for context parallelism, they must be told.
+    longer = train.micro_batch_size > 1 or model.context_parallel_size > 1
+    if longer and model.pipeline_model_parallel_size > 1:
+        model.variable_seq_lengths = True
+        if model.moe_token_dispatcher_type == "allgather":  # core refuses it for such rows, even without experts
+            model.moe_token_dispatcher_type = "alltoall"
+    check_topology(model, world_size, train.micro_batch_size * model.seq_length)
+    step = train.micro_batch_size * _replicas(model, world_size)
+    if train.global_batch_size % step:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of {step} (packs_per_microbatch "
+            f"{train.micro_batch_size} x {step // train.micro_batch_size} data-parallel ranks): "
+            f"use {math.ceil(train.global_batch_size / step) * step}"
+        )
+    if config.train.epochs is not None:  # wins over train_iters, which most model configs set
+        train.train_iters = max(1, math.ceil(config.train.epochs * packs["training"] / train.global_batch_size))
+
+    validation = container.validation
+    validation.eval_micro_batch_size, validation.eval_global_batch_size = train.micro_batch_size, step
+    if config.validation.eval_iters is None:  # everything, once
+        validation.eval_iters = math.ceil(max(packs["validation"], packs["test"]) / step)
+
+    # Bridge decays weights by the scheduler's pair of values, not by the optimizer's, which the user sets.
+    scheduler = container.scheduler
+    if config.optimizer.weight_decay is not None or scheduler.start_weight_decay is None:
+        scheduler.start_weight_decay = scheduler.end_weight_decay = container.optimizer.weight_decay
+
+    scheduler.override_opt_param_scheduler = True  # after a resume, too, the config decides
+    if "lr_decay_iters" not in config.scheduler.bridge:
+        scheduler.lr_decay_iters = None  # the whole run, whatever length the recipe had in mind
+
+    container.dataset = _dataset(config, data_dir, packs, validation.eval_iters * step, model, bool(gpu_bytes))
+    container.rng.seed = config.seed
+    checkpoint = container.checkpoint
+    checkpoint.save = str(run_dir / "checkpoints")
+    checkpoint.load = resume_from(config, run_dir)
+    # What a resumed run started from may be gone by now; only adapters need it again.
+    fresh = config.init_from != "random" and (not checkpoint.load or container.peft is not None)
+    checkpoint.pretrained_checkpoint = config.init_from if fresh else None
+    if metadata and is_hf(checkpoint.pretrained_checkpoint):
+        hf.load_config(config.init_from)  # Bridge converts while it loads
+    container.logger.tensorboard_dir = str(run_dir / "tensorboard")
+    container.logger.save_config_filepath = str(run_dir / "megatron.yaml")
+    container.logger.filter_warnings = True
+    if any(key.startswith("wandb_") for key in config.logger.bridge):
+        raise UserError("logger.wandb_*: use tracking=wandb, with tracking.project, tracking.entity, tracking.name")
+    container.logger.wandb_project = None  # nemotron_sft/record/wandb.py says why
+    if config.profile:
+        container.profiling = tuning.profiling(train.train_iters)
+    return container
+
+
+def resume_from(config: TrainConfig, run_dir: Path) -> str | None:
+    """The checkpoint to continue from: the run's own newest once it has one, else checkpoint.load."""
+    own = newest_iteration(run_dir / "checkpoints")
+    return str(own) if own else config.checkpoint.load
+
+
+def _base(config: TrainConfig):
+    """The ConfigContainer to start from: what model.recipe returns, or plain defaults around the model alone."""
+    from megatron.bridge.training.tokenizers.config import TokenizerConfig
+
+    # The data is tokenized already; Bridge insists on a tokenizer only for its size.
+    tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1)
+    if config.model.recipe:
+        with hf.configs_of(_architecture(config)):
+            container = _recipe(config.model.recipe)()
+        container.tokenizer = tokenizer
+        return container
+
+    from megatron.bridge.training import config as bridge
+
+    if config.model.provider:
+        model = _provider(config)
+    else:
+        model = hf.auto_bridge(_architecture(config)).to_megatron_provider(load_weights=False)
+    return bridge.ConfigContainer(
+        model=model,
+        train=bridge.TrainingConfig(global_batch_size=8, micro_batch_size=1),
+        optimizer=bridge.OptimizerConfig(optimizer="adam"),
+        scheduler=bridge.SchedulerConfig(),
+        dataset=None,
+        logger=bridge.LoggerConfig(),
+        tokenizer=tokenizer,
+        checkpoint=bridge.CheckpointConfig(),
+        mixed_precision="bf16_mixed",
+    )
+
+
+def _architecture(config: TrainConfig) -> str:
+    """Where the architecture is read from: the directory that training starts from if it has one, else model.hf."""
+    return config.init_from if Path(config.init_from, "config.json").exists() else config.model.hf
+
+
+def _recipe(name: str):
+    """A function below megatron.bridge.recipes."""
+    module, _, function = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model.recipe={name}: no such function below megatron.bridge.recipes ({error})") from None
+
+
+def _provider(config: TrainConfig):
+    """A model described by the keys of `model` alone."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+    known = {"GPTModelProvider": GPTModelProvider, "HybridModelProvider": HybridModelProvider}
+    if config.model.provider not in known:
+        raise UserError(f"model.provider={config.model.provider}: choose one of {', '.join(known)}")
+    given = config.model.bridge
+    first = ("num_layers", "hidden_size", "num_attention_heads")  # the constructor insists on them
+    return known[config.model.provider](**{key: given[key] for key in first if key in given})
+
+
+def _apply(section: Any, target: Any, name: str) -> None:
+    """Set every key of a config section that is not null on the Bridge dataclass it configures."""
+    values = {key: value for key, value in vars(section).items() if key not in OURS and value is not None}
+    values |= getattr(section, "bridge", {})
+    hints = get_type_hints(type(target))
+    for key, value in values.items():
+        if not hasattr(target, key):
+            raise UserError(f"{name}.{key} is not a field of {type(target).__name__}: remove it")
+        setattr(target, key, _convert(value, hints.get(key, Any), f"{name}.{key}"))
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotated type: enum members by name, ints as floats, and an error for a plain mismatch."""
+    if get_origin(hint) in (list, dict, tuple):
+        return value
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+    for kind in kinds:
+        if issubclass(kind, Enum) and isinstance(value, str):
+            if value not in kind.__members__:
+                raise UserError(f"{path}={value}: choose one of {', '.join(kind.__members__)}")
+            return kind[value]
+    if float in kinds and type(value) is int and int not in kinds:
+        return float(value)
+    scalars = [kind for kind in kinds if kind in (bool, int, float, str)]
+    only_scalars = scalars and len(scalars) == len([k for k in kinds if k is not type(None)])
+    if only_scalars and value is not None and type(value) not in scalars:
+        raise UserError(f"{path}={value!r} should be of type {' or '.join(k.__name__ for k in scalars)}")
+    return value
+
+
+def _peft(config: TrainConfig):
+    """Bridge's LoRA, or None."""
+    if config.peft.scheme is None:
+        return None
+    if config.peft.scheme != "lora":
+        raise UserError(f"peft.scheme={config.peft.scheme}: choose lora, or null")
+    if config.init_from == "random":
+        raise UserError("peft=lora adapts a trained model: set init_from to one")
+    from megatron.bridge.peft.lora import LoRA
+
+    peft = LoRA()
+    _apply(config.peft, peft, "peft")
+    return peft
+
+
+def _fit_vocabulary(model, tokenizer: dict) -> None:
+    """Take the vocabulary size from the data unless the model fixes it; refuse data with ids beyond it."""
+    needed = tokenizer["vocab_size"]
+    if model.vocab_size is None:
+        multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
+        model.vocab_size = math.ceil(needed / multiple) * multiple
+    if model.vocab_size < needed:
+        raise UserError(
+            f"the data has {needed} token ids (tokenizer {tokenizer['model']}) but the model only {model.vocab_size}: "
+            f"prepare the data with the model's own tokenizer"
+        )
+    model.should_pad_vocab = False
+
+
+def _replicas(model, world_size: int) -> int:
+    """Number of data-parallel ranks."""
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    return world_size // (tensor * pipeline * model.context_parallel_size)
+
+
+def _dataset(config: TrainConfig, data_dir: Path, packs: dict[str, int], evaluated: int, model, on_gpu: bool):
+    from nemotron_sft.train.batches import packed_dataset_provider
+
+    return packed_dataset_provider(
+        path=str(data_dir),
+        packs=packs,
+        evaluated=evaluated,
+        seed=config.seed,
+        ranks=(model.context_parallel_size, model.tensor_model_parallel_size),
+        # On a GPU a process of its own makes the next rows, and a thread pins them, while the step runs.
+        num_workers=1 if on_gpu else 0,
+        pin_memory=on_gpu,
+    )

@@ -1,0 +1,120 @@
+"""Hugging Face names -> Megatron-Bridge: where a model's config.json comes from, and the bridge of its family."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+from pathlib import Path
+
+from nemotron_sft.errors import UserError, first_line
+from nemotron_sft.paths import CONF
+
+ARCHITECTURES = CONF / "model" / "architecture"  # config.json of published models, for work without the hub
+
+
+def load_config(source: str, **options):
+    """The transformers config of a Hugging Face directory or hub id, and its family's bridge registered.
+
+    Looks in this order: the directory, the hub cache, conf/model/architecture, the hub. So a dry run needs no
+    network for the models shipped here, and weights are never downloaded. Raises UserError when there is none.
+    """
+    from transformers import AutoConfig
+
+    where = config_file(source)
+    try:
+        config = AutoConfig.from_pretrained(where or source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"no usable config.json for {source}: give a directory that holds one, or a hub id ({first_line(error)})"
+        ) from None
+    config.name_or_path = source
+    register(config, source)
+    return config
+
+
+def config_file(source: str) -> str | None:
+    """A local config.json for `source`; None when only the hub can have it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return source
+    if "/" not in source or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"{source} is neither a directory nor a hub id such as Qwen/Qwen3-8B")
+    cached = try_to_load_from_cache(source, "config.json")
+    if isinstance(cached, str):
+        return cached
+    # Base and chat versions, and re-uploads, share an architecture: the files are named without those endings.
+    name = re.sub(r"(-Base|-Instruct|-BF16)+$", "", source.split("/")[1])
+    shipped = ARCHITECTURES / f"{name}.json"
+    return str(shipped) if shipped.exists() else None
+
+
+def register(config, source: str) -> None:
+    """Import the one module of Bridge that registers this architecture (importing them all takes half a minute)."""
+    import megatron.bridge.models
+
+    root = Path(megatron.bridge.models.__path__[0])
+    names = [name for name in config.architectures or () if isinstance(name, str)]
+    decorator = rf'^@\w+\.register_bridge\(\s*source="?({"|".join(map(re.escape, names))})\b'
+    for file in sorted(root.rglob("*_bridge.py")):
+        if names and re.search(decorator, file.read_text(), flags=re.MULTILINE):
+            module = file.relative_to(root).with_suffix("").as_posix().replace("/", ".")
+            importlib.import_module(f"megatron.bridge.models.{module}")
+            return
+    raise UserError(
+        f"{source}: Megatron-Bridge has no bridge for the architecture {', '.join(names) or '(none named)'}"
+    )
+
+
+@contextlib.contextmanager
+def configs_of(source: str | None):
+    """Let Bridge's recipes find their Hugging Face config as `load_config` does, that of `source` if given."""
+    from megatron.bridge.models.conversion import auto_bridge
+
+    original = auto_bridge.safe_load_config_with_retry
+
+    def load(path, trust_remote_code=False, **options):
+        # A revision pins weights and tokenizer; the architecture of a published model does not change.
+        options.pop("revision", None)
+        return load_config(source or str(path), trust_remote_code=trust_remote_code, **options)
+
+    auto_bridge.safe_load_config_with_retry = load
+    try:
+        yield
+    finally:
+        auto_bridge.safe_load_config_with_retry = original
+
+
+def auto_bridge(source: str):
+    """Bridge's AutoBridge for a Hugging Face directory or hub id. Weights are read only when converted."""
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+    with configs_of(source):
+        return AutoBridge.from_hf_pretrained(source)
+
+
+def bridge_for(model):
+    """An AutoBridge for a model that no Hugging Face directory describes, from its own configuration.
+
+    Decoders with RMSNorm, rotary positions, gated feed-forward layers and no biases are Llama to transformers, or
+    Qwen3 where queries and keys are normalised. Raises UserError for any other.
+    """
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+    plain = (
+        model.normalization == "RMSNorm"
+        and model.position_embedding_type == "rope"
+        and model.gated_linear_unit
+        and not (model.add_bias_linear or model.add_qkv_bias or model.num_moe_experts)
+        and not getattr(model, "hybrid_layer_pattern", None)
+    )
+    if not plain:
+        raise UserError("transformers has no architecture for this model: name one with model.hf")
+    if model.qk_layernorm:
+        from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge as Family
+        from transformers import Qwen3Config as Config
+    else:
+        from megatron.bridge.models.llama.llama_bridge import LlamaBridge as Family
+        from transformers import LlamaConfig as Config
+    return AutoBridge.from_hf_config(Config(**Family.megatron_to_hf_config(model)))

@@ -1,0 +1,70 @@
+"""What is left of a run for people: the closing table and the loss curve."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from nemotron_sft.train.evaluation import Heldout
+
+
+def summarise(progress, scores: Heldout, run_dir: Path, imported: float, terminal) -> None:
+    """Print the closing table and three held-out answers, and draw loss.png."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(file=terminal, width=None if terminal.isatty() else 120, highlight=False)
+    table = Table(title=f"Run {run_dir}", title_justify="left", show_header=False)
+    seconds = time.time() - progress.started
+
+    def row(name, value):
+        table.add_row(name, value)
+
+    row("steps", f"{progress.losses[-1][0]:,}" if progress.losses else "0 new")
+    if progress.losses:
+        row("training loss", f"{progress.losses[0][1]:.4f} -> {progress.losses[-1][1]:.4f}")
+    if progress.validation:
+        row("validation loss", f"{progress.validation[0][1]:.4f} -> {progress.validation[-1][1]:.4f}")
+    if progress.test is not None:
+        row("test loss", f"{progress.test:.4f}")
+    if "after" in scores.scores:
+        row("held-out exact match", f"{scores.scores['before']:.1%} -> {scores.scores['after']:.1%}")
+    row("tokens", f"{progress.tokens:,.0f}")
+    row(
+        "imports / first step / whole run",
+        f"{imported:.1f} s / {progress.first_step or 0:.1f} s / {seconds:.1f} s",
+    )
+    row("checkpoints", str(run_dir / "checkpoints"))
+    out.print(table)
+    if "after" in scores.scores:
+        examples = Table(title="Held-out answers", title_justify="left", show_lines=True)
+        for column in ("question", "right answer", "before", "after"):
+            examples.add_column(column, overflow="fold")
+        records = scores.prompts.records
+        for i in range(0, len(records), max(1, len(records) // scores.config.samples))[: scores.config.samples]:
+            before, after = (scores.answers[when][i] for when in ("before", "after"))
+            examples.add_row(records[i]["messages"][-1]["content"], records[i]["answer"], before[:80], after[:80])
+        out.print(examples)
+    draw(run_dir)
+
+
+def draw(run_dir: Path) -> None:
+    """loss.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=run_dir.name)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "loss.png", dpi=150)
+    pyplot.close(figure)

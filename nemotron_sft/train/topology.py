@@ -1,0 +1,116 @@
+"""The division of a model over GPUs: what can work, and what cannot."""
+
+from __future__ import annotations
+
+from nemotron_sft.errors import UserError
+
+
+def check_topology(model, world_size: int, row: int) -> None:
+    """Raise UserError with one line for a division of the model over GPUs that cannot work.
+
+    model: Bridge's model provider; row: tokens of a forward pass, all packs of a micro batch together.
+    """
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    context, expert = model.context_parallel_size, model.expert_model_parallel_size
+    expert_tensor = model.expert_tensor_parallel_size or tensor
+    parts = layer_kinds(model)
+
+    def divides(divisor: int, key: str, number: int | None, what: str) -> None:
+        if number and number % divisor:
+            options = [n for n in range(1, min(number, 64) + 1) if number % n == 0]
+            raise UserError(
+                f"model.{key}={divisor} does not divide the {number} {what}: choose one of {listed(options)}"
+            )
+
+    for key in ("tensor", "pipeline", "context", "expert"):
+        name = f"{key}_model_parallel_size" if key != "context" else "context_parallel_size"
+        if getattr(model, name) < 1:
+            raise UserError(f"model.{name}={getattr(model, name)}: at least 1")
+    divides(tensor, "tensor_model_parallel_size", model.num_attention_heads, "attention heads")
+    groups = model.num_query_groups or model.num_attention_heads
+    if groups % tensor and tensor % groups:
+        raise UserError(
+            f"model.tensor_model_parallel_size={tensor} is neither a divisor nor a multiple of the {groups} query "
+            f"groups (key/value heads): choose one of {listed([n for n in range(1, groups + 1) if groups % n == 0])}"
+        )
+    divides(tensor, "tensor_model_parallel_size", model.vocab_size, "entries of the vocabulary")
+    if "mlp" in parts:
+        divides(tensor, "tensor_model_parallel_size", model.ffn_hidden_size, "hidden units of the feed-forward layers")
+    if "mamba" in parts:
+        divides(tensor, "tensor_model_parallel_size", mamba_heads(model), "Mamba heads")
+        divides(tensor, "tensor_model_parallel_size", model.mamba_num_groups, "Mamba groups")
+    if not (model.num_layers_in_first_pipeline_stage or model.num_layers_in_last_pipeline_stage or layout(model)):
+        virtual = model.virtual_pipeline_model_parallel_size or 1
+        divides(pipeline * virtual, "pipeline_model_parallel_size", len(layers_of(model)), "layers")
+    if "moe" in parts:
+        divides(expert, "expert_model_parallel_size", model.num_moe_experts, "experts")
+        divides(expert_tensor, "expert_tensor_parallel_size", expert_width(model), "hidden units of an expert")
+    elif expert > 1:
+        raise UserError(f"model.expert_model_parallel_size={expert}, but the model has no experts: set it to 1")
+    if model.sequence_parallel and tensor == 1:
+        raise UserError(
+            "model.sequence_parallel=true needs tensor parallelism: set it to false, or raise "
+            "model.tensor_model_parallel_size"
+        )
+    if expert > 1 and tensor > 1 and not model.sequence_parallel:
+        raise UserError("experts spread over GPUs with tensor parallelism need model.sequence_parallel=true")
+    if context > 1 and row % (2 * context):
+        raise UserError(
+            f"rows of {row} tokens do not divide into 2 x {context} pieces (model.context_parallel_size={context}): "
+            f"prepare the data with a pack_size that is a multiple of {2 * context}"
+        )
+    if model.sequence_parallel and row // context % tensor:
+        raise UserError(
+            f"sequence parallelism splits the {row // context} tokens of a row over {tensor} GPUs "
+            f"(model.tensor_model_parallel_size), which does not divide them: choose another pack_size"
+        )
+    for group, formula in (
+        (tensor * pipeline * context, f"tensor {tensor} x pipeline {pipeline} x context {context}"),
+        (expert * expert_tensor * pipeline, f"expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline}"),
+    ):
+        if world_size % group and (expert > 1 or group == tensor * pipeline * context):
+            raise UserError(
+                f"{world_size} processes cannot be divided into model-parallel groups of {group} ({formula}): "
+                f"start a multiple of {group}"
+            )
+
+
+def listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def layout(model) -> str | None:
+    """The user's own division of layers over pipeline stages, if any."""
+    pattern = getattr(model, "hybrid_layer_pattern", None) or ""
+    return getattr(model, "pipeline_model_parallel_layout", None) or (pattern if "|" in pattern else None)
+
+
+def layers_of(model) -> list[list[str]]:
+    """What each layer is made of: lists of "attention", "mlp", "moe", "mamba"."""
+    pattern = getattr(model, "hybrid_layer_pattern", None)
+    if pattern:
+        return [kinds_of(symbol) for symbol in pattern.split("/")[0].replace("|", "")]
+    if not model.num_moe_experts:
+        return [["attention", "mlp"]] * model.num_layers
+    every = model.moe_layer_freq
+    sparse = every if isinstance(every, list) else [i % every == 0 for i in range(model.num_layers)]
+    return [["attention", "moe" if is_sparse else "mlp"] for is_sparse in sparse]
+
+
+def kinds_of(symbol: str) -> list[str]:
+    kinds = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+    if symbol not in kinds:
+        raise UserError(f"model.hybrid_layer_pattern: layers of type {symbol!r} are not known; known: {listed(kinds)}")
+    return [kinds[symbol]]
+
+
+def layer_kinds(model) -> set[str]:
+    return {kind for layer in layers_of(model) for kind in layer}
+
+
+def mamba_heads(model) -> int:
+    return model.mamba_num_heads or 2 * model.hidden_size // model.mamba_head_dim
+
+
+def expert_width(model) -> int:
+    return model.moe_ffn_hidden_size or model.ffn_hidden_size
