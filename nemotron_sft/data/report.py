@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemotron_sft.console import console, table
+from nemotron_sft.data.opened import open_tokenizer
 from nemotron_sft.data.packed import read_metadata, read_pack
-from nemotron_sft.errors import UserError
 from nemotron_sft.files import AtomicFile
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def write_report(directory: str | Path, metadata: dict, tokenizer: Tokenizer | N
         largest_share=max([d[key] for d in datasets for key in ("requested_share", "realised_share")] + [1e-9]),
         histogram=histogram(metadata),
         drops=all_drops(metadata),
-        packs=_shown_packs(directory, metadata, tokenizer or _tokenizer(metadata)),
+        packs=_shown_packs(directory, metadata, tokenizer or open_tokenizer(metadata)),
     )
     with AtomicFile(directory / "report.html") as file:
         file.write(html.encode())
@@ -137,7 +137,7 @@ def inspect(path: str | Path, pack: int = 0) -> None:
     metadata = read_metadata(directory)
     if path == directory:
         path = directory / metadata["splits"]["training"]["file"]
-    shown = _described(path, pack, metadata, _tokenizer(metadata), limit=None)
+    shown = _described(path, pack, metadata, open_tokenizer(metadata), limit=None)
 
     from rich.text import Text
 
@@ -228,17 +228,6 @@ def histogram(metadata: dict) -> list[dict]:
 
 
 # --- packs as text -----------------------------------------------------------------------------------------
-
-
-def _tokenizer(metadata: dict) -> Tokenizer:
-    """The tokenizer that an output was made with."""
-    from nemotron_sft.data.tokens import load_tokenizer
-
-    made_with = metadata["tokenizer"]
-    tokenizer = load_tokenizer(made_with["model"], revision=made_with.get("revision"), backend="tokenizers")
-    if tokenizer.digest != made_with["digest"]:
-        raise UserError(f"tokenizer {made_with['model']} is not the one that the data was made with")
-    return tokenizer
 
 
 def _shown_packs(directory: Path, metadata: dict, tokenizer: Tokenizer) -> list[dict]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_sft.config import TrainConfig
-from nemotron_sft.data.chat import load_template
-from nemotron_sft.data.tokens import load_tokenizer
+from nemotron_sft.data.opened import open_template, open_tokenizer
 from nemotron_sft.errors import UserError
 from nemotron_sft.train.checkpoints import newest_iteration, trained_model
 
@@ -34,8 +33,7 @@ def load_prompts(path: Path, metadata: dict) -> Prompts:
         records = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"held-out prompts {path}: {error}; set heldout.path=null to train without them") from None
-    template = load_template(metadata["template"]["name"])
-    tokenizer = load_tokenizer(metadata["tokenizer"]["model"])
+    template, tokenizer = open_template(metadata), open_tokenizer(metadata)
     texts = [template.generation_prompt(record["messages"], record.get("tools"), thinking=False) for record in records]
     flat, offsets = tokenizer.encode_batch(texts)
     ids = [flat[start:end] for start, end in itertools.pairwise(offsets)]

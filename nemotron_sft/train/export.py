@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_sft.config import TrainConfig
-from nemotron_sft.data.chat import load_template
+from nemotron_sft.data.opened import open_template, open_tokenizer
 from nemotron_sft.data.packed import open_packs, read_metadata
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import hf
@@ -83,9 +83,9 @@ def _save_tokenizer(directory: Path, metadata: dict) -> None:
     from transformers import AutoTokenizer
 
     if not (directory / "tokenizer.json").exists():
-        AutoTokenizer.from_pretrained(metadata["tokenizer"]["model"]).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(open_tokenizer(metadata).file.parent).save_pretrained(directory)
     if not AutoTokenizer.from_pretrained(directory).chat_template:
-        (directory / "chat_template.jinja").write_text(load_template(metadata["template"]["name"]).source)
+        (directory / "chat_template.jinja").write_text(open_template(metadata).source)
 
 
 def sample_tokens(data_dir: Path, model):

@@ -229,7 +229,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path, tokenizer):
         report.inspect(tmp_path / "nowhere")
     metadata["tokenizer"]["digest"] = "0"
     write_metadata(tmp_path, metadata)
-    with pytest.raises(UserError, match="not the one that the data was made with"):
+    with pytest.raises(UserError, match="has changed since the data was made with it"):
         report.inspect(tmp_path)
     (tmp_path / "metadata.json").unlink()
     with pytest.raises(UserError, match="not a finished output"):
