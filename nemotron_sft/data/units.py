@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_sft.data import reading
-from nemotron_sft.data.chat import ChatError
+from nemotron_sft.data.chat import RECORD_KEYS, ChatError, per_record
 from nemotron_sft.data.plan import Plan, Unit
 from nemotron_sft.data.spool import INDEX, Spool, SpoolWriter
 from nemotron_sft.data.tokens import tokenize
@@ -83,7 +83,7 @@ class _Work:
             try:
                 messages = _parsed(record.get(todo.messages_field), "messages")
                 tools = _parsed(record.get(todo.tools_field), "tools")
-                sequences = todo.template.training_sequences(messages, tools)
+                sequences = todo.template.training_sequences(messages, tools, **per_record(record))
             except ChatError as error:
                 self.drop(error.reason, origin, self.explained(error, record))
                 continue
@@ -107,7 +107,7 @@ class _Work:
 
     def records(self) -> Iterator[tuple[tuple[int, int], dict]]:
         """((index of the piece, position), record) of every record that passes the filter."""
-        columns = [self.todo.messages_field, self.todo.tools_field, *self.dataset.filter]
+        columns = [self.todo.messages_field, self.todo.tools_field, *RECORD_KEYS, *self.dataset.filter]
         for index, piece in enumerate(self.unit.pieces):
             for position, record in reading.read(piece, columns):
                 self.stats["records_read"] += 1

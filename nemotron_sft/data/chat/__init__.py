@@ -5,6 +5,13 @@
     template.sequences(messages, tools)          training sequences, each a list of (role, text) spans
     template.generation_prompt(messages, tools)  what the model is given to answer these messages
 
+What a record says about training beside its messages is one call, which the pipeline makes for every record:
+
+    template.training_sequences(messages, tools, **per_record(record))
+
+`RECORD_KEYS` are the columns that it reads. Messages and tools come as the record has them, already in
+OpenAI's form (another form's roles and field names are the reader's business), JSON text parsed.
+
 The texts of a sequence's spans concatenate to its text. Spans of role "assistant" are trained and nothing
 else is, so a mask policy is a matter of roles alone: with `mask="last_turn"` earlier answers carry the role
 "history", with `mask="all"` every span carries the role "assistant". A trained span begins where the
@@ -22,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_sft.config import unknown_key
+from nemotron_sft.data.chat.flags import RECORD_KEYS, per_record
 from nemotron_sft.data.chat.jinja import JinjaTemplate
 from nemotron_sft.data.chat.messages import ROLES, ChatError, clean_messages
 from nemotron_sft.data.chat.nano3 import Nano3
 from nemotron_sft.data.chat.template import HISTORIES, MASKS, Span, Template
 from nemotron_sft.errors import UserError
 
-__all__ = ["HISTORIES", "MASKS", "ROLES", "ChatError", "Span", "Template", "clean_messages", "load_template"]
+__all__ = ["HISTORIES", "MASKS", "RECORD_KEYS", "ROLES", "ChatError", "Span", "Template", "clean_messages",
+           "load_template", "per_record"]  # fmt: skip
 
 
 def load_template(name: str = "nano3", **options: Any) -> Template:

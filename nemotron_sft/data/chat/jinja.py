@@ -84,13 +84,14 @@ class JinjaTemplate(Template):
         text = self._marked_text(messages, tools, prompt=True, thinking=thinking)
         return text.replace(_OPEN, "").replace(_CLOSE, "")
 
-    def _sequences(self, messages: list[dict], tools: list[dict]) -> list[list[Span]]:
+    def _sequences(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[list[Span]]:
         turns = answered_turns(messages)
         if not turns:
             return [[("context", self._text(messages, tools))]]
         if self._rewrites_history(messages, tools, turns):
-            return [self._spans(messages[:end], tools, start) for start, end in turns]
-        return [self._spans(messages, tools, turns[-1][0] if self.mask == "last_turn" else 0)]
+            alone = [[value and i >= start for i, value in enumerate(trained[:end])] for start, end in turns]
+            return [self._spans(messages[: len(t)], tools, t) for t in alone]
+        return [self._spans(messages, tools, trained)]
 
     def _rewrites_history(self, messages: list[dict], tools: list[dict], turns: list[tuple[int, int]]) -> bool:
         """Whether some turn's text changes once the conversation goes on."""
@@ -100,25 +101,26 @@ class JinjaTemplate(Template):
         text = self._text(messages, tools)
         return not all(text.startswith(self._text(messages[:end], tools)) for end in ends)
 
-    def _spans(self, messages: list[dict], tools: list[dict], first_trained: int) -> list[Span]:
+    def _spans(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[Span]:
         find = self._spans_by_markers if self._marked else self._spans_by_prefixes
-        return [span for span in find(messages, tools, first_trained) if span[1]]
+        return [span for span in find(messages, tools, trained) if span[1]]
 
-    def _spans_by_markers(self, messages: list[dict], tools: list[dict], first_trained: int) -> list[Span]:
+    def _spans_by_markers(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[Span]:
         text, *generated = self._marked_text(messages, tools).split(_OPEN)
-        answers = [message["role"] == "assistant" for message in messages]
-        if first_trained and len(generated) != sum(answers):
-            raise ChatError("spans undetermined", f"{sum(answers)} answers, {len(generated)} generation blocks")
-        spans, earlier = [("context", text)], sum(answers[:first_trained])
+        answers = [value for message, value in zip(messages, trained, strict=True) if message["role"] == "assistant"]
+        if not all(answers) and len(generated) != len(answers):
+            raise ChatError("spans undetermined", f"{len(answers)} answers, {len(generated)} generation blocks")
+        spans = [("context", text)]
         for index, part in enumerate(generated):
             answer, _, after = part.partition(_CLOSE)
-            spans += [("history" if index < earlier else "assistant", answer), ("context", after)]
+            kept = all(answers) or answers[index]
+            spans += [("assistant" if kept else "history", answer), ("context", after)]
         return spans
 
-    def _spans_by_prefixes(self, messages: list[dict], tools: list[dict], first_trained: int) -> list[Span]:
+    def _spans_by_prefixes(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[Span]:
         text, done, spans = self._text(messages, tools), 0, []
-        for i in range(first_trained, len(messages)):
-            if messages[i]["role"] != "assistant":
+        for i in range(len(messages)):
+            if not trained[i]:
                 continue
             prompts = [self._prompt(messages[:i], tools, thinking) for thinking in (True, False)]
             start = max((len(prompt) for prompt in prompts if text.startswith(prompt)), default=-1)

@@ -54,13 +54,12 @@ class Nano3(Template):
     def _prompt(self, messages: list[dict], tools: list[dict], thinking: bool) -> str:
         return self._text(messages, tools) + _ANSWER + _OPENINGS[thinking]
 
-    def _sequences(self, messages: list[dict], tools: list[dict]) -> list[list[Span]]:
+    def _sequences(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[list[Span]]:
         system, rest = _opening_block(messages, tools)
+        trained = trained[len(messages) - len(rest) :]
         if self.history == "keep" or not thinks(messages):
-            turns = answered_turns(rest) if self.mask == "last_turn" else []
-            first_trained = turns[-1][0] if turns else 0
             spans = [("system", system)]
-            self._append(spans, rest, 0, len(rest), last_user(rest), first_trained)
+            self._append(spans, rest, 0, len(rest), last_user(rest), trained)
             return [spans]
         found, past, done = [], "", 0
         for start, end in answered_turns(rest):
@@ -68,10 +67,10 @@ class Nano3(Template):
             done = start
             if rest[start]["role"] == "user":
                 spans = [("system", system), ("user", past + _block(rest, start))]
-                self._append(spans, rest, start + 1, end, start, start)
+                self._append(spans, rest, start + 1, end, start, trained)
             else:  # answers before the first user message
                 spans = [("system", system)]
-                self._append(spans, rest, start, end, start, start)
+                self._append(spans, rest, start, end, start, trained)
             found.append(spans)
         return found
 
@@ -86,7 +85,7 @@ class Nano3(Template):
         )
 
     def _append(
-        self, spans: list[Span], rest: list[dict], start: int, end: int, last_user: int, first_trained: int
+        self, spans: list[Span], rest: list[dict], start: int, end: int, last_user: int, trained: list[bool]
     ) -> None:
         """Append the spans of messages start..end of `rest`.
 
@@ -99,7 +98,7 @@ class Nano3(Template):
             if role == "assistant":
                 answer = _answer(rest[i], i < last_user and not keep)
                 opening = _opening(answer)
-                role = "assistant" if i >= first_trained else "history"
+                role = "assistant" if trained[i] else "history"
                 if self.train_generation_prompt:
                     spans.append((role, _ANSWER + opening))
                 elif before in ("assistant", "history"):

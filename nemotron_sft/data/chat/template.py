@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+from nemotron_sft.data.chat.flags import trained_messages
 from nemotron_sft.data.chat.messages import ChatError, checked_tools, clean_messages
 
 Span = tuple[str, str]  # (role, text)
@@ -43,7 +44,9 @@ class Template:
     def __getstate__(self):
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
-    def render(self, messages: list[dict], tools: list[dict] | None = None) -> str:
+    def render(
+        self, messages: list[dict], tools: list[dict] | None = None, chat_template_kwargs: dict | None = None
+    ) -> str:
         """The text of the whole conversation. Raises ChatError."""
         return self._text(clean_messages(messages), checked_tools(tools))
 
@@ -54,24 +57,57 @@ class Template:
         thinking = self.thinking if thinking is None else thinking
         return self._prompt(clean_messages(messages), checked_tools(tools), thinking)
 
-    def sequences(self, messages: list[dict], tools: list[dict] | None = None) -> list[list[Span]]:
-        """The sequences of a conversation. One without any answer is a single untrained sequence.
+    def sequences(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        *,
+        train_turns: list[bool] | None = None,
+        chat_template_kwargs: dict | None = None,
+    ) -> list[list[Span]]:
+        """The sequences of a conversation. One without any trained answer is a single untrained sequence.
 
-        Raises ChatError.
+        train_turns: per message, whether it may be trained, beside what the messages say themselves (flags.py).
+        chat_template_kwargs: for this conversation's template. Raises ChatError.
         """
-        found = self._sequences(clean_messages(messages), checked_tools(tools))
-        if self.mask == "last_turn":
-            found = found[-1:]
-        elif self.mask == "all":
+        messages, tools = clean_messages(messages), checked_tools(tools)
+        trained = self._trained(messages, train_turns)
+        found = self._sequences(messages, tools, trained)
+        found = [spans for spans in found if _has_training(spans)] or found[-1:]
+        if self.mask == "all":
             found = [[("assistant", text) for _, text in spans] for spans in found]
         return found
 
-    def training_sequences(self, messages: list[dict], tools: list[dict] | None = None) -> list[list[Span]]:
-        """The sequences with text to train on, at least one. Raises ChatError, also when there is none."""
-        found = [s for s in self.sequences(messages, tools) if any(r == "assistant" and t for r, t in s)]
-        if not found:
+    def training_sequences(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        *,
+        train_turns: list[bool] | None = None,
+        chat_template_kwargs: dict | None = None,
+    ) -> list[list[Span]]:
+        """The sequences with text to train on, at least one. Raises ChatError, also when there is none.
+
+        Arguments: see `sequences`; `chat.per_record(record)` gives the last two.
+        """
+        found = self.sequences(messages, tools, train_turns=train_turns, chat_template_kwargs=chat_template_kwargs)
+        if not _has_training(found[-1]):
+            if any(message["role"] == "assistant" for message in messages):
+                raise ChatError("no trained answer", "every answer is marked as not to be trained")
             raise ChatError("no assistant turn")
         return found
+
+    def _trained(self, messages: list[dict], train_turns: list[bool] | None) -> list[bool]:
+        """Per message, whether it is an answer to train: what the record says, within what `mask` says."""
+        trained = trained_messages(messages, train_turns)
+        if self.mask == "all" and trained != [message["role"] == "assistant" for message in messages]:
+            raise ChatError(
+                "bad training flag", "mask=all trains every token, but an answer says that it is not trained"
+            )
+        if self.mask == "last_turn" and (turns := answered_turns(messages)):
+            start = turns[-1][0]
+            trained = [value and index >= start for index, value in enumerate(trained)]
+        return trained
 
     def _text(self, messages: list[dict], tools: list[dict]) -> str:
         raise NotImplementedError
@@ -79,8 +115,12 @@ class Template:
     def _prompt(self, messages: list[dict], tools: list[dict], thinking: bool) -> str:
         raise NotImplementedError
 
-    def _sequences(self, messages: list[dict], tools: list[dict]) -> list[list[Span]]:
+    def _sequences(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[list[Span]]:
         raise NotImplementedError
+
+
+def _has_training(spans: list[Span]) -> bool:
+    return any(role == "assistant" and text for role, text in spans)
 
 
 def last_user(messages: list[dict]) -> int:

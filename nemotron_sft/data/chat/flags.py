@@ -1,0 +1,88 @@
+"""What a record says about training: which answers count, and what its template is told.
+
+Obeyed or refused, never ignored. On a message: `weight` (OpenAI), `train`, `training`, `trainable` (Axolotl and
+others) and `loss` (ms-swift), each true or false, or 1 or 0. On a record: `train_turns`, one boolean per message,
+by itself or inside `metadata` (NVIDIA's Nemotron datasets), and `chat_template_kwargs`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from nemotron_sft.data.chat.messages import ChatError
+
+RECORD_KEYS = ("chat_template_kwargs", "metadata", "train_turns")  # what `per_record` reads
+MESSAGE_FLAGS = ("weight", "train", "training", "trainable", "loss")
+UNREADABLE_FLAGS = ("train_detail", "training_detail", "loss_scale", "loss_mask", "loss_weight", "masked")
+
+
+def per_record(record: dict) -> dict[str, Any]:
+    """What a record says beside its messages and tools, as arguments for Template.training_sequences.
+
+    Raises ChatError for what cannot be read, also where it is JSON text that is broken.
+    """
+    found = {}
+    if kwargs := _object(record.get("chat_template_kwargs"), "chat_template_kwargs"):
+        found["chat_template_kwargs"] = kwargs
+    turns = record.get("train_turns")
+    metadata = record.get("metadata")
+    if turns is None and metadata and "train_turns" in metadata:  # of an object, or of its JSON text
+        turns = _object(metadata, "metadata").get("train_turns")
+    if turns is not None:
+        found["train_turns"] = turns
+    return found
+
+
+def trained_messages(messages: list[dict], train_turns: Any = None) -> list[bool]:
+    """Per message, whether it may be trained: an answer, and nothing says otherwise. Raises ChatError."""
+    allowed = [True] * len(messages) if train_turns is None else _turns(train_turns, messages)
+    return [
+        allow and _allowed(message, index) and message["role"] == "assistant"
+        for index, (message, allow) in enumerate(zip(messages, allowed, strict=True))
+    ]
+
+
+def _turns(turns: Any, messages: list[dict]) -> list[bool]:
+    """metadata.train_turns, checked."""
+    if not isinstance(turns, list) or not all(value in (0, 1) for value in turns):
+        raise ChatError("bad training flag", "train_turns is not a list of booleans")
+    if len(turns) != len(messages):
+        raise ChatError("bad training flag", f"train_turns has {len(turns)} values for {len(messages)} messages")
+    for index, (message, trained) in enumerate(zip(messages, turns, strict=True)):
+        if trained and message["role"] != "assistant":
+            raise ChatError("bad training flag", f"train_turns asks to train message {index}, a {message['role']}'s")
+    return [bool(value) for value in turns]
+
+
+def _allowed(message: dict, index: int) -> bool:
+    """Whether no flag of a message says that it is not trained."""
+    for flag in UNREADABLE_FLAGS:
+        if message.get(flag) is not None:
+            raise ChatError("bad training flag", f"message {index}: {flag} is not supported; use weight 0 or 1")
+    allowed = True
+    for flag in MESSAGE_FLAGS:
+        value = message.get(flag)
+        if value is None:
+            continue
+        if isinstance(value, (dict, list, str)) or value not in (0, 1):
+            raise ChatError("bad training flag", f"message {index}: {flag} is {value!r}, not 0 or 1")
+        if value and flag != "weight" and message["role"] != "assistant":
+            raise ChatError("bad training flag", f"message {index}: {flag} asks to train a {message['role']}'s message")
+        allowed = allowed and bool(value)
+    return allowed
+
+
+def _object(value: Any, what: str) -> dict:
+    """An object, given as such or as JSON text; null is empty."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise ChatError(f"bad {what}", f"text that is not JSON: {error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ChatError(f"bad {what}", f"a {type(value).__name__} instead of an object")
+    return value
