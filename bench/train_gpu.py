@@ -415,11 +415,10 @@ def bridge(args) -> dict:
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        from nemotron_sft.train.compat.cpu import adapt, use_cpu
-        from nemotron_sft.train.compat.slim import slim_imports
+        from nemotron_sft.train.compat.cpu import adapt
+        from nemotron_sft.train.start import start_bridge
 
-        slim_imports()
-        use_cpu()
+        start_bridge()
     from megatron.bridge.data.packing import PackedSequenceSpecs
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.recipes.common import _sft_common

@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from nemotron_sft.train.compat.submitit import sbatch_script
+
 
 @dataclass
 class Container:
@@ -85,8 +87,6 @@ def write_scripts(app: str, configs: list[DictConfig], slurm: Slurm, folder: Pat
 
 def script(app: str, slurm: Slurm, folder: Path, config: str, arguments: str = "", array: int | None = None) -> str:
     """The text of an sbatch script that runs `app` on FOLDER/`config`, `array` times if that is given."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
     train = app == "train"
     image, python = slurm.container.image, slurm.container.python
     recipe = shlex.quote(str(folder / "code" / f"{app}.py"))
@@ -106,7 +106,7 @@ def script(app: str, slurm: Slurm, folder: Path, config: str, arguments: str = "
         srun += [f"--container-image={image}", f"--container-mounts={','.join(seen)}", f"--container-workdir={here}"]
     extra = {"chdir": str(Path.cwd()), "requeue": True, **slurm.sbatch_args}
     return (
-        _make_sbatch_string(
+        sbatch_script(
             command=" ".join(part for part in command if part),
             folder=folder,
             job_name=folder.name,

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemotron_sft.errors import UserError, first_line
+from nemotron_sft.train.compat.bridge import adapter_state
+from nemotron_sft.train.start import this_machine
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -52,7 +54,7 @@ def is_hf(directory: str | None) -> bool:
     return directory is not None and Path(directory, "config.json").exists()
 
 
-def convert(model, init_from: str, checkpoints: Path, on_cpu: bool) -> None:
+def convert(model, init_from: str, checkpoints: Path) -> None:
     """Write the weights of a Hugging Face directory as a Megatron checkpoint of iteration 0, in this process alone.
 
     model: Bridge's model provider. Raises UserError for other sources.
@@ -61,57 +63,53 @@ def convert(model, init_from: str, checkpoints: Path, on_cpu: bool) -> None:
         raise UserError("train.train_iters=0 converts Hugging Face weights: set init_from to a directory or hub id")
     from megatron.bridge.training.model_load_save import save_megatron_model
 
-    with alone(on_cpu):
-        save_megatron_model(_with_hf_weights(model, init_from, on_cpu), str(checkpoints))
+    with alone():
+        save_megatron_model(_with_hf_weights(model, init_from), str(checkpoints))
 
 
 @contextlib.contextmanager
-def alone(on_cpu: bool) -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Megatron's distributed set-up for this process alone, also under torchrun."""
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    with temporary_distributed_context("gloo" if on_cpu else "nccl"):
+    with temporary_distributed_context(this_machine().backend):
         yield
 
 
-def _with_hf_weights(model, directory: str, on_cpu: bool) -> list:
+def _with_hf_weights(model, directory: str) -> list:
     """Build a model provider's model and fill it from a Hugging Face directory."""
     from nemotron_sft.train import hf
 
     model.perform_initialization = False
     model.finalize()
-    built = model.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
+    built = model.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=this_machine().on_cpu)
     hf.auto_bridge(directory).load_hf_weights(built)
     return built
 
 
 @contextlib.contextmanager
-def trained_model(iteration: Path, on_cpu: bool) -> Iterator:
+def trained_model(iteration: Path) -> Iterator:
     """The Megatron model of a checkpoint directory iter_*, adapters in place, in a set-up of this process alone."""
     from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 
     run = read_run_config(str(iteration / "run_config.yaml"))
-    with alone(on_cpu):
-        model = _adapted(iteration, run, on_cpu) if run.get("peft") else _load(iteration, on_cpu)
+    with alone():
+        model = _adapted(iteration, run) if run.get("peft") else _load(iteration)
         yield model[0].eval()
 
 
-def _load(iteration: Path, on_cpu: bool) -> list:
+def _load(iteration: Path) -> list:
     from megatron.bridge.training.model_load_save import load_megatron_model
 
-    model = load_megatron_model(str(iteration), use_cpu_init=on_cpu, skip_temp_dist_context=True)
+    model = load_megatron_model(str(iteration), use_cpu_init=this_machine().on_cpu, skip_temp_dist_context=True)
     return model if isinstance(model, list) else [model]
 
 
-def _adapted(iteration: Path, run: dict, on_cpu: bool) -> list:
+def _adapted(iteration: Path, run: dict) -> list:
     """The model that a LoRA run started from, with the adapters of one of its checkpoints, which holds only those."""
     from megatron.bridge.peft.lora import LoRA
-    from megatron.bridge.training.checkpointing import (
-        _generate_model_state_dict,
-        apply_peft_adapter_filter_to_state_dict,
-    )
     from megatron.bridge.training.model_load_save import load_model_config
     from megatron.core import dist_checkpointing
 
@@ -122,15 +120,14 @@ def _adapted(iteration: Path, run: dict, on_cpu: bool) -> list:
             setattr(provider, f"{name}_model_parallel_size", 1)
         provider.context_parallel_size, provider.expert_tensor_parallel_size = 1, 1
         provider.sequence_parallel, provider.virtual_pipeline_model_parallel_size = False, None
-        model = _with_hf_weights(provider, base, on_cpu)
+        model = _with_hf_weights(provider, base)
     else:
-        model = _load(newest_checkpoint(Path(base)), on_cpu)
+        model = _load(newest_checkpoint(Path(base)))
     known = {field.name for field in dataclasses.fields(LoRA) if field.init}
     given = {key: value for key, value in run["peft"].items() if key in known and not isinstance(value, dict)}
     lora = LoRA(**given)
     model = lora(model, training=False)
-    wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(model, {}), lora)
-    state = dist_checkpointing.load(wanted, str(iteration))
+    state = dist_checkpointing.load(adapter_state(model, lora), str(iteration))
     model[0].load_state_dict(state["model"], strict=False)
     return model
 

@@ -12,57 +12,86 @@ from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import hf, tuning
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
+from nemotron_sft.train.start import Machine
 from nemotron_sft.train.topology import check_topology
 
 # Sections whose keys are set on the field of the same name of the ConfigContainer.
 SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoint", "ddp", "logger", "dist")
+SPLITS = ("training", "validation", "test")
 # Keys of ours that are not a field of that Bridge dataclass; `build` derives what Bridge needs from them.
 OURS = {"name", "recipe", "provider", "hf", "epochs", "packs_per_microbatch", "load", "scheme", "bridge"}
 
 
-def build(
-    config: TrainConfig,
-    metadata: dict | None,
-    data_dir: Path | None,
-    run_dir: Path,
-    world_size: int,
-    gpu_bytes: int | None = None,
-):
+def build(config: TrainConfig, metadata: dict | None, data_dir: Path | None, run_dir: Path, machine: Machine):
     """Build the ConfigContainer of a run.
 
     metadata is the prep output's metadata.json: pack size, vocabulary and the number of packs come from there.
     Without data (a preflight) both are None, and the model's own pack size and vocabulary stand.
-    gpu_bytes: memory of one GPU; None on the CPU. Raises UserError for settings that cannot work together.
+    Raises UserError for settings that cannot work together.
     """
     container = _base(config)
+    _settings(container, config, machine)
+    packs = _data_shape(container.model, config, metadata, data_dir)
+    _token_weighting(container)
+    replicas = _rows(container, config, machine)
+    _length(container, config, packs, replicas)
+    _schedule(container, config)
+    _dataset(container, config, data_dir, packs, machine)
+    container.rng.seed = config.seed
+    _checkpoints(container, config, run_dir)
+    if metadata and is_hf(container.checkpoint.pretrained_checkpoint):
+        hf.load_config(config.init_from)  # Bridge converts while it loads
+    _logs(container, config, run_dir)
+    if config.profile:
+        container.profiling = tuning.profiling(container.train.train_iters)
+    return container
+
+
+def _settings(container, config: TrainConfig, machine: Machine) -> None:
+    """Everything that has a key: what is fast on a GPU first, then the user's own sections."""
     if config.precision is not None:
         container.mixed_precision = tuning.mixed_precision(config.precision)
-    if gpu_bytes:
-        tuning.tune(container, world_size)
+    if not machine.on_cpu:
+        tuning.tune(container, machine.world_size)
     for section in SECTIONS:
         _apply(getattr(config, section), getattr(container, section), section)
-    model, train = container.model, container.train
-    if gpu_bytes and "bias_activation_fusion" not in config.model.bridge:
-        tuning.fuse_activation(model)
+    if not machine.on_cpu and "bias_activation_fusion" not in config.model.bridge:
+        tuning.fuse_activation(container.model)
     container.peft = _peft(config)
 
-    packs = {"training": 0, "validation": 0, "test": 0}
-    if metadata:
-        _fit_vocabulary(model, metadata["tokenizer"])
-        model.seq_length = metadata["pack_size"]
-        packs = {split: metadata["splits"][split]["packs"] for split in packs}
-        if not packs["training"]:
-            raise UserError(f"{data_dir} has no training packs: prepare more data, or give training a larger ratio")
-    elif model.vocab_size is None:
-        raise UserError(f"model {config.model.name} takes its vocabulary from the data: prepare it, or give data=PATH")
-    # Exact token weighting: the loss is the mean over all trained tokens of the global batch.
-    model.calculate_per_token_loss = True
+
+def _data_shape(model, config: TrainConfig, metadata: dict | None, data_dir: Path | None) -> dict[str, int]:
+    """Take vocabulary and pack size from the data; return the number of packs per split."""
+    if not metadata:
+        if model.vocab_size is None:
+            raise UserError(
+                f"model {config.model.name} takes its vocabulary from the data: prepare it, or give data=PATH"
+            )
+        return dict.fromkeys(SPLITS, 0)
+    _fit_vocabulary(model, metadata["tokenizer"])
+    model.seq_length = metadata["pack_size"]
+    packs = {split: metadata["splits"][split]["packs"] for split in SPLITS}
+    if not packs["training"]:
+        raise UserError(f"{data_dir} has no training packs: prepare more data, or give training a larger ratio")
+    return packs
+
+
+def _token_weighting(container) -> None:
+    """Exact token weighting: the loss is the mean over all trained tokens of the global batch."""
+    container.model.calculate_per_token_loss = True
     container.ddp.average_in_collective = False
 
+
+def _rows(container, config: TrainConfig, machine: Machine) -> int:
+    """Choose how many packs form a row, and check that rows, model and batch divide over the processes.
+
+    Returns the number of data-parallel ranks.
+    """
+    model, train, world_size = container.model, container.train, machine.world_size
     if config.train.packs_per_microbatch:
         train.micro_batch_size = config.train.packs_per_microbatch
-    elif gpu_bytes:
-        train.micro_batch_size = tuning.packs_per_row(container, world_size, gpu_bytes)
+    elif not machine.on_cpu:
+        train.micro_batch_size = tuning.packs_per_row(container, world_size, machine.gpu_bytes)
     # Pipeline stages expect rows of one pack; of several joined, or padded for context parallelism, they must be told.
     longer = train.micro_batch_size > 1 or model.context_parallel_size > 1
     if longer and model.pipeline_model_parallel_size > 1:
@@ -70,49 +99,74 @@ def build(
         if model.moe_token_dispatcher_type == "allgather":  # core refuses it for such rows, even without experts
             model.moe_token_dispatcher_type = "alltoall"
     check_topology(model, world_size, train.micro_batch_size * model.seq_length)
-    step = train.micro_batch_size * _replicas(model, world_size)
+    replicas = _replicas(model, world_size)
+    step = train.micro_batch_size * replicas
     if train.global_batch_size % step:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of {step} (packs_per_microbatch "
-            f"{train.micro_batch_size} x {step // train.micro_batch_size} data-parallel ranks): "
+            f"{train.micro_batch_size} x {replicas} data-parallel ranks): "
             f"use {math.ceil(train.global_batch_size / step) * step}"
         )
+    return replicas
+
+
+def _length(container, config: TrainConfig, packs: dict[str, int], replicas: int) -> None:
+    """How many steps are trained, and how many are validated at a time."""
+    train, validation = container.train, container.validation
     if config.train.epochs is not None:  # wins over train_iters, which most model configs set
         train.train_iters = max(1, math.ceil(config.train.epochs * packs["training"] / train.global_batch_size))
-
-    validation = container.validation
+    step = train.micro_batch_size * replicas
     validation.eval_micro_batch_size, validation.eval_global_batch_size = train.micro_batch_size, step
     if config.validation.eval_iters is None:  # everything, once
         validation.eval_iters = math.ceil(max(packs["validation"], packs["test"]) / step)
 
-    # Bridge decays weights by the scheduler's pair of values, not by the optimizer's, which the user sets.
+
+def _schedule(container, config: TrainConfig) -> None:
+    """Weight decay and the length of the learning rate's decay."""
     scheduler = container.scheduler
+    # Bridge decays weights by the scheduler's pair of values, not by the optimizer's, which the user sets.
     if config.optimizer.weight_decay is not None or scheduler.start_weight_decay is None:
         scheduler.start_weight_decay = scheduler.end_weight_decay = container.optimizer.weight_decay
-
     scheduler.override_opt_param_scheduler = True  # after a resume, too, the config decides
     if "lr_decay_iters" not in config.scheduler.bridge:
         scheduler.lr_decay_iters = None  # the whole run, whatever length the recipe had in mind
 
-    container.dataset = _dataset(config, data_dir, packs, validation.eval_iters * step, model, bool(gpu_bytes))
-    container.rng.seed = config.seed
+
+def _dataset(container, config: TrainConfig, data_dir: Path | None, packs: dict[str, int], machine: Machine) -> None:
+    """Point Bridge to the packs."""
+    from nemotron_sft.train.batches import packed_dataset_provider
+
+    model, validation = container.model, container.validation
+    container.dataset = packed_dataset_provider(
+        path=str(data_dir),
+        packs=packs,
+        evaluated=validation.eval_iters * validation.eval_global_batch_size,
+        seed=config.seed,
+        ranks=(model.context_parallel_size, model.tensor_model_parallel_size),
+        # On a GPU a process of its own makes the next rows, and a thread pins them, while the step runs.
+        num_workers=0 if machine.on_cpu else 1,
+        pin_memory=not machine.on_cpu,
+    )
+
+
+def _checkpoints(container, config: TrainConfig, run_dir: Path) -> None:
+    """Where checkpoints are saved, and what is loaded."""
     checkpoint = container.checkpoint
     checkpoint.save = str(run_dir / "checkpoints")
     checkpoint.load = resume_from(config, run_dir)
     # What a resumed run started from may be gone by now; only adapters need it again.
     fresh = config.init_from != "random" and (not checkpoint.load or container.peft is not None)
     checkpoint.pretrained_checkpoint = config.init_from if fresh else None
-    if metadata and is_hf(checkpoint.pretrained_checkpoint):
-        hf.load_config(config.init_from)  # Bridge converts while it loads
+
+
+def _logs(container, config: TrainConfig, run_dir: Path) -> None:
+    """TensorBoard's files and Bridge's full config, in the run directory. Raises UserError for Bridge's W&B keys."""
     container.logger.tensorboard_dir = str(run_dir / "tensorboard")
     container.logger.save_config_filepath = str(run_dir / "megatron.yaml")
     container.logger.filter_warnings = True
     if any(key.startswith("wandb_") for key in config.logger.bridge):
         raise UserError("logger.wandb_*: use tracking=wandb, with tracking.project, tracking.entity, tracking.name")
     container.logger.wandb_project = None  # nemotron_sft/record/wandb.py says why
-    if config.profile:
-        container.profiling = tuning.profiling(train.train_iters)
-    return container
 
 
 def resume_from(config: TrainConfig, run_dir: Path) -> str | None:
@@ -242,18 +296,3 @@ def _replicas(model, world_size: int) -> int:
     """Number of data-parallel ranks."""
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     return world_size // (tensor * pipeline * model.context_parallel_size)
-
-
-def _dataset(config: TrainConfig, data_dir: Path, packs: dict[str, int], evaluated: int, model, on_gpu: bool):
-    from nemotron_sft.train.batches import packed_dataset_provider
-
-    return packed_dataset_provider(
-        path=str(data_dir),
-        packs=packs,
-        evaluated=evaluated,
-        seed=config.seed,
-        ranks=(model.context_parallel_size, model.tensor_model_parallel_size),
-        # On a GPU a process of its own makes the next rows, and a thread pins them, while the step runs.
-        num_workers=1 if on_gpu else 0,
-        pin_memory=on_gpu,
-    )

@@ -124,11 +124,11 @@ class Heldout:
         if self.prompts and "before" not in self.scores:
             self._score("before", context.model[0].module)
 
-    def after(self, checkpoints: Path, on_cpu: bool) -> None:
+    def after(self, checkpoints: Path) -> None:
         """Load the newest checkpoint into a fresh model and score it."""
         if not self.prompts:
             return
-        with trained_model(newest_iteration(checkpoints), on_cpu) as model:
+        with trained_model(newest_iteration(checkpoints)) as model:
             self._score("after", model)
 
     def _score(self, when: str, model) -> None:

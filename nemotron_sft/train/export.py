@@ -37,7 +37,7 @@ class Export:
         )
 
 
-def export(run_dir: Path, path: str | None, on_cpu: bool) -> Export:
+def export(run_dir: Path, path: str | None) -> Export:
     """Write a run's newest checkpoint as a Hugging Face directory: config, tokenizer, safetensors, chat template.
 
     The directory appears under its name only when transformers, given the same tokens, computes the same logits as
@@ -55,7 +55,7 @@ def export(run_dir: Path, path: str | None, on_cpu: bool) -> Export:
     path = Path(path or run_dir / "hf")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with trained_model(iteration, on_cpu) as model:
+        with trained_model(iteration) as model:
             _bridge(config, model).save_hf_pretrained([model], str(partial), show_progress=False)
             _save_tokenizer(partial, metadata)
             result = Export(path, *compare(model, partial, sample_tokens(Path(config.data.path), model)))
@@ -131,5 +131,6 @@ def export_run(config: TrainConfig) -> None:
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"export={run_dir} is not a run directory: it has no config.yaml")
     with log_to_file(run_dir / "logs" / "export.log"):
-        result = export(run_dir, config.export.path, start_bridge())
+        start_bridge()
+        result = export(run_dir, config.export.path)
     print(result)

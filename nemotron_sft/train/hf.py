@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.paths import CONF
+from nemotron_sft.train.compat.bridge import configs_from
 
 ARCHITECTURES = CONF / "model" / "architecture"  # config.json of published models, for work without the hub
 
@@ -67,23 +68,15 @@ def register(config, source: str) -> None:
     )
 
 
-@contextlib.contextmanager
-def configs_of(source: str | None):
+def configs_of(source: str | None) -> contextlib.AbstractContextManager[None]:
     """Let Bridge's recipes find their Hugging Face config as `load_config` does, that of `source` if given."""
-    from megatron.bridge.models.conversion import auto_bridge
-
-    original = auto_bridge.safe_load_config_with_retry
 
     def load(path, trust_remote_code=False, **options):
         # A revision pins weights and tokenizer; the architecture of a published model does not change.
         options.pop("revision", None)
         return load_config(source or str(path), trust_remote_code=trust_remote_code, **options)
 
-    auto_bridge.safe_load_config_with_retry = load
-    try:
-        yield
-    finally:
-        auto_bridge.safe_load_config_with_retry = original
+    return configs_from(load)
 
 
 def auto_bridge(source: str):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from nemotron_sft.errors import UserError
+from nemotron_sft.train.start import this_machine
 
 # Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets. The first name found in the device's counts.
 PEAK_FLOPS = {
@@ -115,9 +116,9 @@ class Progress:
         """The fields that only a GPU has."""
         import torch
 
-        name = torch.cuda.get_device_name()
-        if name == "CPU":  # host.py
+        if this_machine().on_cpu:
             return {}
+        name = torch.cuda.get_device_name()
         world = torch.distributed.get_world_size()
         # Bridge adds a step's FLOPs after this callback, so the count runs one step behind the clock.
         flops = (state.train_state.floating_point_operations_so_far - self.flops) / elapsed / world

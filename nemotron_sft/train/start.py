@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_sft.errors import UserError
+from nemotron_sft.train.compat.cpu import use_cpu
+from nemotron_sft.train.compat.gpu import use_gpu
+from nemotron_sft.train.compat.slim import slim_imports
 
 
-def start_bridge() -> bool:
-    """Make Megatron-Bridge importable, on what this machine has; returns whether that is only a CPU."""
+@dataclass(frozen=True)
+class Machine:
+    """What this process computes on, and its place among the processes of the run."""
+
+    gpu_bytes: int | None  # memory of one GPU; None: the CPU computes
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.gpu_bytes is None
+
+    @property
+    def backend(self) -> str:
+        """Of torch.distributed."""
+        return "gloo" if self.on_cpu else "nccl"
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """Looked at once, before CUDA may seem to be there; on a GPU this chooses the one that the process works on."""
     import torch
 
-    from nemotron_sft.train.compat.slim import slim_imports
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        return Machine(None, rank, world_size)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return Machine(torch.cuda.get_device_properties().total_memory, rank, world_size)
 
+
+def start_bridge() -> Machine:
+    """Make Megatron-Bridge importable, on what this machine has."""
+    machine = this_machine()
     slim_imports()
-    if torch.cuda.is_available():
-        from nemotron_sft.train.compat.gpu import use_gpu
-
+    if machine.on_cpu:
+        use_cpu()
+    else:
         use_gpu()
-        return False
-    from nemotron_sft.train.compat.cpu import use_cpu
-
-    use_cpu()
-    return True
+    return machine
 
 
 @contextlib.contextmanager

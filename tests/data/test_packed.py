@@ -255,8 +255,8 @@ def test_a_failed_parquet_write_leaves_no_file(tmp_path):
 
 BRIDGE = """
 import json, sys
-from nemotron_sft.train.compat.cpu import use_cpu
-use_cpu()
+from nemotron_sft.train.start import start_bridge
+start_bridge()
 from types import SimpleNamespace
 from megatron.bridge.data.packing.parquet import GPTSFTPackedParquetDataset as Dataset
 path, pack_size, eos = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -36,11 +36,9 @@ def make_packs(lengths_per_pack, seed=0):
 
 @pytest.fixture(scope="module")
 def context():
-    from nemotron_sft.train.compat.gpu import use_gpu
-    from nemotron_sft.train.compat.slim import slim_imports
+    from nemotron_sft.train.start import start_bridge
 
-    slim_imports()
-    use_gpu()
+    start_bridge()
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
     with temporary_distributed_context("nccl"):

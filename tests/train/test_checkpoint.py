@@ -131,7 +131,7 @@ def test_the_export_answers_as_the_trained_model_does(hf_models, trained, bridge
         expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)
     tokens = prompt
     iteration = newest_iteration(run_dir / "checkpoints")
-    with checkpoints.trained_model(iteration, on_cpu=True) as model, torch.no_grad():
+    with checkpoints.trained_model(iteration) as model, torch.no_grad():
         for _ in range(24):
             logits = model(tokens, torch.arange(tokens.shape[1])[None], None)
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
@@ -157,7 +157,7 @@ def test_an_export_that_differs_leaves_no_directory(trained, bridge, tmp_path, m
 
     monkeypatch.setattr(export, "_bridge", wrong)
     with pytest.raises(UserError, match="not exported: its logits differ by"):
-        export.export(run_dir, str(tmp_path / "out"), on_cpu=True)
+        export.export(run_dir, str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
@@ -171,12 +171,12 @@ def test_lora_trains_adapters_alone_and_exports_them_merged(hf_models, converted
                "train.train_iters=8", "optimizer.lr=1e-2"]  # fmt: skip
     train(tiny_data, run_dir, *options, "train.exit_interval=4")
     iteration = newest_iteration(run_dir / "checkpoints")
-    with checkpoints.trained_model(iteration, on_cpu=True) as model:
+    with checkpoints.trained_model(iteration) as model:
         halfway = {key: weight.clone() for key, weight in model.named_parameters()}
     shown = train(tiny_data, run_dir, *options, "export.hf=true")
     found = losses(run_dir)
     assert sorted(found) == list(range(1, 9)) and found[8] < found[1]
-    with checkpoints.trained_model(newest_iteration(run_dir / "checkpoints"), on_cpu=True) as model:
+    with checkpoints.trained_model(newest_iteration(run_dir / "checkpoints")) as model:
         moved = {key for key, weight in model.named_parameters() if not torch.equal(weight, halfway[key])}
         adapters = {key for key in halfway if ".adapter." in key}
         assert moved == adapters and len(adapters) == 2 * 4 * 2  # layers x targets x two matrices

@@ -37,10 +37,12 @@ def offline(bridge, tmp_path_factory):
 
 def container(world_size, *overrides):
     from nemotron_sft.train.container import build
+    from nemotron_sft.train.start import Machine
 
     with initialize_config_dir(str(paths.CONF), version_base="1.3"):
         composed = compose("train", [app.open_key(override) for override in overrides])
-    return build(config.check(composed, config.TrainConfig), None, None, paths.ROOT / "output", world_size)
+    machine = Machine(gpu_bytes=None, world_size=world_size)
+    return build(config.check(composed, config.TrainConfig), None, None, paths.ROOT / "output", machine)
 
 
 def models():

@@ -10,7 +10,8 @@ import importlib.util
 import sys
 from types import ModuleType
 
-from nemotron_sft.train.compat.cpu import skip_helper_build
+from nemotron_sft.train.compat.bridge import skip_helper_build
+from nemotron_sft.train.compat.registry import patch
 
 
 def use_gpu() -> None:
@@ -23,6 +24,11 @@ def use_gpu() -> None:
     agree_on_signals_on_the_host()
 
 
+@patch(
+    {},  # it supplies a whole module, which core looks for by name at import
+    seen="megatron-core 0.19.2, transformer-engine 2.12",
+    until="core's output layer fuses through Transformer Engine by itself",
+)
 def supply_wgrad_kernel() -> None:
     """Let core add weight gradients into the fp32 buffer inside the matrix product.
 
@@ -46,6 +52,14 @@ def supply_wgrad_kernel() -> None:
     sys.modules[name] = module
 
 
+@patch(
+    {
+        "megatron.bridge.training.utils.sig_utils:DistributedSignalHandler.signals_received": "(self)",
+        "megatron.bridge.training.utils.sig_utils:DistributedSignalHandler.__init__": "(self, sig)",
+    },
+    seen="megatron-bridge 0.6.2",
+    until="Bridge gathers its signals on the host, or less often than at every step",
+)
 def agree_on_signals_on_the_host() -> None:
     """Let ranks tell each other of a SIGTERM through the CPU.
 

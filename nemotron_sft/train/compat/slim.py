@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from nemotron_sft.train.compat.registry import patch
+
 # Packages whose __init__ only gathers names from all of their submodules.
 GATHERING = (
     "megatron.bridge",
@@ -49,8 +51,16 @@ class _Unexecuted(ModuleType):
         raise AttributeError(f"module {self.__name__} has no attribute {name}")
 
 
+@patch(
+    dict.fromkeys(GATHERING, "package"),
+    seen="megatron-bridge 0.6.2",
+    until="`import megatron.bridge` takes no longer than `import torch`",
+)
 def slim_imports() -> None:
-    """Make later imports of Megatron-Bridge cheap. Does nothing if Bridge was imported already."""
+    """Bridge imports every model family at once. Make its later imports cheap; do nothing if it was imported already.
+
+    Bridge's training loop imports ModelOpt unconditionally, which is not needed and may not be installed.
+    """
     if "megatron.bridge" in sys.modules:
         return
     placeholder("modelopt", callable=True)

@@ -1,0 +1,153 @@
+"""Attention and rotary positions of packed (THD) rows, which core has only in Transformer Engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from nemotron_sft.train.compat.registry import patch
+
+
+def attend(query, key, value, cu_seqlens, scale: float):
+    """Causal attention inside each document of a packed row, never across documents.
+
+    query: (t, heads, d); key, value: (t, groups, d) with heads a multiple of groups; cu_seqlens: (n + 1,) int,
+    from 0 to t. Returns (t, heads, d). Documents of similar length (the same power of two) are padded to one
+    batch, so the cost follows the sum of squared lengths, not t squared.
+    """
+    import torch
+
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    bucket = torch.ceil(torch.log2(lengths.clamp(min=1).double()))
+    out = torch.empty_like(query)
+    for size in torch.unique(bucket[lengths > 0]):
+        members = (bucket == size) & (lengths > 0)
+        longest = int(lengths[members].max())
+        offsets = torch.arange(longest)
+        rows = starts[members, None] + offsets  # (documents, longest): where each padded position comes from
+        real = offsets < lengths[members, None]
+        rows = torch.where(real, rows, starts[members, None])
+        q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))  # (documents, heads, longest, d)
+        # Padding follows the document, so a causal mask alone keeps real tokens from seeing it.
+        context = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out[rows[real]] = context.transpose(1, 2)[real]
+    return out
+
+
+def share_of(rank: int, ranks: int, cu_seqlens):
+    """Places in a packed row that context-parallel `rank` of `ranks` holds: (t / ranks,) int, ascending.
+
+    Every document is cut into 2 * ranks equal pieces, of which a rank gets one from the front and one from the back
+    (the zigzag of ring attention, which balances causal work).
+    """
+    import torch
+
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    within = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(starts, lengths)
+    piece = within // torch.repeat_interleave(lengths // (2 * ranks), lengths)
+    return torch.nonzero(torch.minimum(piece, 2 * ranks - 1 - piece) == rank).squeeze(1)
+
+
+def attend_across(query, key, value, cu_seqlens, scale: float, group):
+    """`attend` where each rank of `group` holds its share of the row: gather it, attend, keep the share.
+
+    A ring would move less; on the CPU this proves the sharding, and no one trains long contexts here.
+    """
+    import torch
+    from torch.distributed.nn.functional import all_gather
+
+    ranks, rank = group.size(), group.rank()
+    shares = [share_of(r, ranks, cu_seqlens) for r in range(ranks)]
+    back = torch.argsort(torch.cat(shares))
+    whole = (torch.cat(all_gather(x.contiguous(), group=group))[back] for x in (query, key, value))
+    return attend(*whole, cu_seqlens, scale)[shares[rank]]
+
+
+@patch(
+    {
+        "megatron.core.utils:tex": "NoneType | module",
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__": (
+            "(self, config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, "
+            "cp_comm_type, pg_collection)"
+        ),
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.forward": (
+            "(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)"
+        ),
+    },
+    seen="megatron-core 0.19.2",
+    until="core's local attention takes packed rows, also in shares for context parallelism",
+)
+def accept_packed_attention() -> None:
+    """Let core's local attention, which refuses packed sequences and context parallelism, hand them to `attend`."""
+    import megatron.core.utils
+    from megatron.core.parallel_state import get_context_parallel_group
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    # How core cuts a batch for the ranks is a function of Transformer Engine's.
+    megatron.core.utils.tex = SimpleNamespace(
+        thd_get_partitioned_indices=lambda cu_seqlens, total, ranks, rank: share_of(rank, ranks, cu_seqlens)
+    )
+    build, dense = DotProductAttention.__init__, DotProductAttention.forward
+
+    def init(self, config, *args, **kwargs):
+        ranks, config.context_parallel_size = config.context_parallel_size, 1
+        try:
+            build(self, config, *args, **kwargs)
+        finally:
+            config.context_parallel_size = ranks
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
+        if packed_seq_params is None:
+            return dense(self, query, key, value, attention_mask, **kwargs)
+        if self.config.context_parallel_size > 1:
+            places = packed_seq_params.cu_seqlens_q_padded
+            return attend_across(query, key, value, places, self.softmax_scale, get_context_parallel_group())
+        return attend(query, key, value, packed_seq_params.cu_seqlens_q, self.softmax_scale)
+
+    DotProductAttention.__init__, DotProductAttention.forward = init, forward
+
+
+@patch(
+    {
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_thd": (
+            "(t, cu_seqlens, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, cp_group, "
+            "multi_latent_attention)"
+        ),
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd": (
+            "(t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, multi_latent_attention)"
+        ),
+    },
+    seen="megatron-core 0.19.2",
+    until="core rotates a packed row without a loop",
+)
+def vectorise_packed_rope() -> None:
+    """Rotate all documents of a packed row at once; core's unfused version loops over them in Python."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def rotate(
+        t,
+        cu_seqlens,
+        freqs,
+        rotary_interleaved=False,
+        mla_rotary_interleaved=False,
+        mscale=1.0,
+        cp_group=None,
+        multi_latent_attention=None,
+    ):
+        import torch
+
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        positions = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+        if cp_group is not None and cp_group.size() > 1:
+            positions = positions[share_of(cp_group.rank(), cp_group.size(), cu_seqlens)]
+        return rope_utils._apply_rotary_pos_emb_bshd(
+            t.unsqueeze(1),
+            freqs[positions],
+            rotary_interleaved,
+            mla_rotary_interleaved,
+            mscale,
+            multi_latent_attention,
+        ).squeeze(1)
+
+    rope_utils._apply_rotary_pos_emb_thd = rotate

@@ -1,0 +1,70 @@
+"""Patches of Megatron-Bridge and Megatron-Core that hold on a CPU and on a GPU alike."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nemotron_sft.train.compat.registry import patch
+
+
+@patch(
+    {
+        "megatron.core.datasets.utils:compile_helpers": "()",
+        "megatron.bridge.training.initialize:compile_helpers": "()",
+    },
+    seen="megatron-core 0.19.2, megatron-bridge 0.6.2",
+    until="Bridge builds core's dataset index helpers only where they are missing",
+)
+def skip_helper_build() -> None:
+    """Bridge runs `make` for core's dataset index helpers, but core's wheel ships them built, without a Makefile."""
+    import megatron.bridge.training.initialize as initialize
+    import megatron.core.datasets.utils as core_utils
+
+    core_utils.compile_helpers = initialize.compile_helpers = lambda: None
+
+
+@patch(
+    {
+        "megatron.bridge.models.conversion.auto_bridge:safe_load_config_with_retry": (
+            "(path, trust_remote_code, max_retries, base_delay, **kwargs)"
+        )
+    },
+    seen="megatron-bridge 0.6.2",
+    until="Bridge's recipes and AutoBridge take a config object instead of a name",
+)
+@contextlib.contextmanager
+def configs_from(load: Callable[..., Any]) -> Iterator[None]:
+    """Bridge's recipes ask the hub for a config.json by name, which fails where there is no network.
+
+    Inside this context `load(path, trust_remote_code=..., **options)` answers instead.
+    """
+    from megatron.bridge.models.conversion import auto_bridge
+
+    original = auto_bridge.safe_load_config_with_retry
+    auto_bridge.safe_load_config_with_retry = load
+    try:
+        yield
+    finally:
+        auto_bridge.safe_load_config_with_retry = original
+
+
+@patch(
+    {
+        "megatron.bridge.training.checkpointing:_generate_model_state_dict": (
+            "(model, model_sd_kwargs, ckpt_format, *, pg_collection)"
+        ),
+        "megatron.bridge.training.checkpointing:apply_peft_adapter_filter_to_state_dict": "(state_dict, peft_config)",
+    },
+    seen="megatron-bridge 0.6.2",
+    until="Bridge's load_megatron_model loads a checkpoint of adapters together with its base",
+)
+def adapter_state(model: list, lora: Any) -> dict:
+    """Bridge loads adapters only inside its training loop; this names the shards that such a checkpoint holds."""
+    from megatron.bridge.training.checkpointing import (
+        _generate_model_state_dict,
+        apply_peft_adapter_filter_to_state_dict,
+    )
+
+    return apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(model, {}), lora)
