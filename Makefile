@@ -40,6 +40,7 @@ test: $(READY)
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-logo
 
 bench-prep: $(READY)
 	$(PYTHON) bench/prep.py
