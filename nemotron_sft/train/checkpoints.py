@@ -7,16 +7,19 @@ training model, each rank its own part, so no converted copy lies about that cou
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from nemotron_sft.errors import UserError, first_line
+from nemotron_sft.train import peft
 from nemotron_sft.train.compat.bridge import adapter_state
+from nemotron_sft.train.compat.cpu import adapt_model
 from nemotron_sft.train.start import this_machine
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+PATIENCE = datetime.timedelta(hours=12)  # that processes wait for one another: one may have much more to write
 
 
 def starting_point(init_from: str) -> str | None:
@@ -90,44 +93,94 @@ def _with_hf_weights(model, directory: str) -> list:
 
 
 @contextlib.contextmanager
-def trained_model(iteration: Path) -> Iterator:
-    """The Megatron model of a checkpoint directory iter_*, adapters in place, in a set-up of this process alone."""
+def together() -> Iterator[tuple[int, int]]:
+    """Megatron's distributed set-up for all processes of torchrun, each a replica of the whole; (rank, world size).
+
+    Over gloo, and apart from whatever group the processes had before.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    rank, world_size = this_machine().rank, this_machine().world_size
+    store = dist.HashStore()
+    if world_size > 1:
+        found, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=PATIENCE))
+        store = dist.PrefixStore("together", found)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(0)  # Mamba layers ask for its state while they are built
+        yield rank, world_size
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def provider_of(iteration: Path):
+    """The model provider of a checkpoint directory iter_*, for one process of this machine."""
+    from megatron.bridge.training.model_load_save import load_model_config
+
+    provider, _ = load_model_config(str(iteration))
+    for name in ("tensor", "pipeline", "expert"):
+        setattr(provider, f"{name}_model_parallel_size", 1)
+    provider.context_parallel_size, provider.expert_tensor_parallel_size = 1, 1
+    provider.sequence_parallel, provider.virtual_pipeline_model_parallel_size = False, None
+    provider.pipeline_model_parallel_layout = None
+    provider.num_layers_in_first_pipeline_stage = provider.num_layers_in_last_pipeline_stage = None
+    provider.hierarchical_context_parallel_sizes = None
+    provider.overlap_moe_expert_parallel_comm = provider.delay_wgrad_compute = False
+    provider.perform_initialization = False
+    if pattern := getattr(provider, "hybrid_layer_pattern", None):
+        provider.hybrid_layer_pattern = pattern.replace("|", "")
+    if provider.moe_token_dispatcher_type == "flex":
+        provider.moe_token_dispatcher_type = "allgather"
+    if this_machine().on_cpu:
+        adapt_model(provider)
+    return provider
+
+
+def run_of(iteration: Path) -> dict:
+    """Bridge's full config of the run that wrote a checkpoint directory iter_*."""
     from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 
-    run = read_run_config(str(iteration / "run_config.yaml"))
+    return read_run_config(str(iteration / "run_config.yaml"))
+
+
+def base_of(run: dict) -> Path:
+    """Where the frozen weights of a run with adapters are. Raises UserError if they are there no more."""
+    base = Path(run["checkpoint"]["pretrained_checkpoint"])
+    if not base.is_dir():
+        raise UserError(f"{base}, the model that the adapters were trained for, is not there any more: put it back")
+    return base if is_hf(str(base)) else newest_checkpoint(base)
+
+
+@contextlib.contextmanager
+def trained_model(iteration: Path) -> Iterator:
+    """The Megatron model of a checkpoint directory iter_*, adapters in place, in a set-up of this process alone."""
+    run = run_of(iteration)
     with alone():
         model = _adapted(iteration, run) if run.get("peft") else _load(iteration)
         yield model[0].eval()
 
 
 def _load(iteration: Path) -> list:
-    from megatron.bridge.training.model_load_save import load_megatron_model
+    from megatron.bridge.training.model_load_save import build_and_load_model
 
-    model = load_megatron_model(str(iteration), use_cpu_init=this_machine().on_cpu, skip_temp_dist_context=True)
+    provider, on_cpu = provider_of(iteration), this_machine().on_cpu
+    model = build_and_load_model(str(iteration), provider, use_cpu_init=on_cpu, skip_temp_dist_context=True)
     return model if isinstance(model, list) else [model]
 
 
 def _adapted(iteration: Path, run: dict) -> list:
-    """The model that a LoRA run started from, with the adapters of one of its checkpoints, which holds only those."""
-    from megatron.bridge.peft.lora import LoRA
-    from megatron.bridge.training.model_load_save import load_model_config
+    """The model that a run with adapters started from, with those of one of its checkpoints, which holds only them."""
     from megatron.core import dist_checkpointing
 
-    base = run["checkpoint"]["pretrained_checkpoint"]
-    if is_hf(base):
-        provider, _ = load_model_config(str(iteration))
-        for name in ("tensor", "pipeline", "expert"):
-            setattr(provider, f"{name}_model_parallel_size", 1)
-        provider.context_parallel_size, provider.expert_tensor_parallel_size = 1, 1
-        provider.sequence_parallel, provider.virtual_pipeline_model_parallel_size = False, None
-        model = _with_hf_weights(provider, base)
-    else:
-        model = _load(newest_checkpoint(Path(base)))
-    known = {field.name for field in dataclasses.fields(LoRA) if field.init}
-    given = {key: value for key, value in run["peft"].items() if key in known and not isinstance(value, dict)}
-    lora = LoRA(**given)
-    model = lora(model, training=False)
-    state = dist_checkpointing.load(adapter_state(model, lora), str(iteration))
+    base = base_of(run)
+    model = _with_hf_weights(provider_of(iteration), str(base)) if is_hf(str(base)) else _load(base)
+    adapters = peft.restored(run["peft"])
+    model = adapters(model, training=False)
+    state = dist_checkpointing.load(adapter_state(model, adapters), str(iteration))
     model[0].load_state_dict(state["model"], strict=False)
     return model
 

@@ -1,94 +1,279 @@
-"""A trained checkpoint as a Hugging Face directory, checked against the model that it came from."""
+"""A trained checkpoint as a Hugging Face directory: read, translated, written and compared a few weights at a time.
+
+No model is built for it, on a GPU or elsewhere, and under torchrun every process writes its own share of the files.
+The directory appears under its name only when all of it is there and has been checked.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
+import gc
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from nemotron_sft.config import TrainConfig
-from nemotron_sft.data.opened import open_template, open_tokenizer
 from nemotron_sft.data.packed import open_packs, read_metadata
 from nemotron_sft.errors import UserError
-from nemotron_sft.train import hf
-from nemotron_sft.train.checkpoints import is_hf, newest_iteration, trained_model
-from nemotron_sft.train.start import log_to_file, start_bridge
+from nemotron_sft.files import write_json
+from nemotron_sft.train import checkpoints, handover, hf
+from nemotron_sft.train.checkpoints import is_hf, newest_iteration
+from nemotron_sft.train.start import log_to_file, start_bridge, this_machine
 
 SAMPLE = 256  # tokens on which an export is compared with the model it came from
 # Largest difference of two logits, relative to the largest logit: fp32 differs by the order of additions, bf16 by
 # the rounding of every layer.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+MARK = "export.json"  # what was exported and how it was checked; only a directory that has it is ever replaced
 
 
 @dataclass
 class Export:
-    """What an export left: its directory, and how far its logits are from Megatron's."""
+    """What an export left: its directory, how it was checked, and where it differs from the base model."""
 
     path: Path
-    difference: float
-    tolerance: float
+    files: dict[str, str] = field(default_factory=dict)  # weight -> file
+    bytes: int = 0
+    logits: str = ""  # how far they are from Megatron's, or why that was not looked at
+    told: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return (
-            f"exported {self.path}  largest difference of a logit from Megatron's {self.difference:.3g} "
-            f"(at most {self.tolerance:.3g})"
-        )
+        checked = f"{len(self.files)} weights ({self.bytes / 2**20:,.1f} MiB) read back, equal to the checkpoint's"
+        return "\n".join([f"exported {self.path}  {checked}; {self.logits}", *(f"  {line}" for line in self.told)])
 
 
-def export(run_dir: Path, path: str | None) -> Export:
-    """Write a run's newest checkpoint as a Hugging Face directory: config, tokenizer, safetensors, chat template.
+@dataclass
+class _Job:
+    """What is exported: the run, one of its checkpoints, and the files beside the weights."""
 
-    The directory appears under its name only when transformers, given the same tokens, computes the same logits as
-    Megatron. Raises UserError when the run has no checkpoint or no Hugging Face architecture, or the logits differ.
+    run_dir: Path
+    path: Path
+    iteration: Path
+    source: str | None  # directory or hub id of the architecture; None: the model's own settings describe it
+    data_dir: Path
+    metadata: dict
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    @property
+    def base(self) -> Path | None:
+        """The directory of the model that training started from, as far as it is on this machine."""
+        found = hf.local_directory(self.source) if self.source else None
+        return Path(found) if found else None
+
+
+def export_run(run_dir: Path | str, path: Path | str | None = None) -> None:
+    """Write the newest checkpoint of a finished run as a Hugging Face directory and print how it was checked.
+
+    path: where to; None: RUN_DIR/hf. Under torchrun every process writes a share. Raises UserError as `export` does.
     """
-    from omegaconf import OmegaConf
-
+    run_dir, rank = Path(run_dir), this_machine().rank
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml")
+    with log_to_file(run_dir / "logs" / (f"export-rank{rank}.log" if rank else "export.log")):
+        start_bridge()
+        result = export(run_dir, path)
+    if result:
+        print(result)
+
+
+def export(run_dir: Path, path: Path | str | None) -> Export | None:
+    """Write a run's newest checkpoint as a Hugging Face directory: config, tokenizer, chat template, safetensors.
+
+    All processes of torchrun call this together; the first returns the result, the others None. Raises UserError
+    when the run has no checkpoint or no Hugging Face architecture, or something read back differs.
+    """
+    job = _job(run_dir, path)
+    first = not this_machine().rank
+    with _directory(job) if first else contextlib.nullcontext():
+        with checkpoints.together() as (rank, world_size):
+            result = _agreed(lambda: _write_weights(job, rank, world_size))
+        if not first:
+            return None
+        _write_index(job, result)
+        result.told = handover.write(job.partial, job.metadata, job.data_dir, job.base)
+        _check_names(job.partial)
+        result.logits = _compare_if_it_fits(job, result.bytes)
+        write_json(job.partial / MARK, {"checkpoint": str(job.iteration), "checks": str(result).splitlines()})
+    return result
+
+
+def _job(run_dir: Path, path: Path | str | None) -> _Job:
+    from omegaconf import OmegaConf
+
     iteration = newest_iteration(run_dir / "checkpoints")
     if iteration is None:
         raise UserError(f"{run_dir} has no checkpoint to export")
     config = OmegaConf.load(run_dir / "config.yaml")
-    metadata = read_metadata(Path(config.data.path))
+    from_hub = config.init_from.count("/") == 1 and not Path(config.init_from).exists()
+    source = config.init_from if from_hub or is_hf(config.init_from) else config.model.hf
+    data_dir = Path(config.data.path)
     path = Path(path or run_dir / "hf")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    return _Job(run_dir, path, iteration, source, data_dir, read_metadata(data_dir))
+
+
+# --- the directory ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _directory(job: _Job) -> Iterator[None]:
+    """Make job.partial, and put it in the place of job.path when the block ends well.
+
+    Killed in between, it leaves job.partial, which the next export clears away. Raises UserError where job.path is
+    something else than an export, or is being written.
+    """
+    old = job.path.with_name(f".{job.path.name}.old")
+    if old.exists() and not job.path.exists():
+        old.rename(job.path)  # killed between the two renames below
+    shutil.rmtree(old, ignore_errors=True)
+    if job.path.exists() and not (job.path / MARK).exists() and (job.path.is_file() or any(job.path.iterdir())):
+        raise UserError(f"{job.path} exists and is not an export (no {MARK} in it): name another directory")
+    job.partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(job.partial, os.O_RDONLY)
     try:
-        with trained_model(iteration) as model:
-            _bridge(config, model).save_hf_pretrained([model], str(partial), show_progress=False)
-            _save_tokenizer(partial, metadata)
-            result = Export(path, *compare(model, partial, sample_tokens(Path(config.data.path), model)))
-            if not result.difference <= result.tolerance:
-                raise UserError(
-                    f"not exported: its logits differ by {result.difference:.3g}, more than {result.tolerance:.3g}"
-                )
-        _replace(partial, path)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"{job.path} is being written by another process: wait for it or end it") from None
+    try:
+        for left in job.partial.iterdir():
+            left.unlink()
+        yield
+        if job.path.exists():
+            job.path.rename(old)
+        job.partial.rename(job.path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(job.partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _agreed(work: Callable[[], Export]) -> Export:
+    """Do this process's share of the work and add up all shares. If one fails with a UserError, all do."""
+    import torch.distributed as dist
+
+    dist.barrier()  # the directory is there
+    try:
+        mine: Export | UserError = work()
+    except UserError as error:
+        mine = error
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    for share in shares:
+        if isinstance(share, UserError):
+            raise share
+    files = {name: file for share in shares for name, file in share.files.items()}
+    return dataclasses.replace(mine, files=files, bytes=sum(share.bytes for share in shares))
+
+
+# --- weights ----------------------------------------------------------------------------------------------
+
+
+def _write_weights(job: _Job, rank: int, world_size: int) -> Export:
+    """This process's share of the safetensors, each read back and compared; the first also writes config and index."""
+    import torch
+    from safetensors.torch import save_file
+
+    skeleton, config, read = _opened(job)
+    groups = skeleton.groups()
+    result = Export(job.path)
+    for number, group in list(enumerate(groups, 1))[rank::world_size]:
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
+        with torch.no_grad():
+            weights = read(group.names)
+            named = {key: tensor.contiguous() for key, tensor in skeleton.to_hf(group, weights).items()}
+            save_file(named, job.partial / name, metadata={"format": "pt"})
+            result.bytes += sum(tensor.nbytes for tensor in named.values())
+            result.files |= dict.fromkeys(named, name)
+            del named
+            skeleton.check_back(group, weights, _read_back(job.partial / name))
+    if rank == 0:
+        config.save_pretrained(job.partial)
     return result
 
 
-def _bridge(config, model):
-    """The AutoBridge that knows the names of the model's weights in transformers."""
-    from_hub = config.init_from.count("/") == 1 and not Path(config.init_from).exists()
-    source = config.init_from if from_hub or is_hf(config.init_from) else config.model.hf
-    if source:
-        return hf.auto_bridge(source)
-    return hf.bridge_for(model.config)
+def _opened(job: _Job) -> tuple[Any, Any, Callable[[list[str]], dict[str, Any]]]:
+    """The model without memory, its transformers config, and what reads its weights: names -> {name: tensor}."""
+    from nemotron_sft.train.weights import CheckpointReader, Skeleton
+
+    provider = checkpoints.provider_of(job.iteration)
+    translator, config = hf.export_config(job.source, provider)
+    skeleton = Skeleton(provider, translator, config)
+    reader = CheckpointReader(skeleton.model, job.iteration)
+    config.dtype = reader.dtype
+    return skeleton, config, reader.read
 
 
-def _save_tokenizer(directory: Path, metadata: dict) -> None:
-    """The tokenizer of the training data, where the source of the weights had none; and the data's chat template."""
-    from transformers import AutoTokenizer
+def _read_back(file: Path) -> dict[str, Any]:
+    """The weights of a safetensors file, from the disk where the system lets go of its copy in memory."""
+    from safetensors.torch import load_file
 
-    if not (directory / "tokenizer.json").exists():
-        AutoTokenizer.from_pretrained(open_tokenizer(metadata).file.parent).save_pretrained(directory)
-    if not AutoTokenizer.from_pretrained(directory).chat_template:
-        (directory / "chat_template.jinja").write_text(open_template(metadata).source)
+    file.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return load_file(file)
 
 
-def sample_tokens(data_dir: Path, model):
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_index(job: _Job, result: Export) -> None:
+    if len(set(result.files.values())) > 1:
+        index = {"metadata": {"total_size": result.bytes}, "weight_map": dict(sorted(result.files.items()))}
+        write_json(job.partial / "model.safetensors.index.json", index)
+
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+
+def _check_names(directory: Path) -> None:
+    """Have transformers load an export without memory: it must find every weight it wants, and want every one."""
+    from transformers import AutoModelForCausalLM
+
+    _, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise UserError(f"not exported: transformers reports {kind.replace('_', ' ')}: {', '.join(names[:3])}")
+
+
+def _compare_if_it_fits(job: _Job, size: int) -> str:
+    """Compare logits where one model at a time fits into memory. Returns a line; raises UserError if they differ."""
+    needed, room = 1.2 * size * (2 if this_machine().on_cpu else 1) + (1 << 29), free_memory()
+    if needed > room:
+        return f"logits not compared: that takes {needed / 2**30:.1f} GiB of memory, {room / 2**30:.1f} are free"
+    difference, tolerance = compare(job.iteration, job.partial, job.data_dir)
+    if not difference <= tolerance:
+        raise UserError(f"not exported: its logits differ by {difference:.3g}, more than {tolerance:.3g}")
+    return f"largest difference of a logit from Megatron's {difference:.3g} (at most {tolerance:.3g})"
+
+
+def free_memory() -> int:
+    """Bytes that a model may still take on this machine: of the GPU, or of memory and the control group."""
+    import torch
+
+    if not this_machine().on_cpu:
+        return torch.cuda.mem_get_info()[0]
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) << 10
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit
+        used, limit = (int((group / f"memory.{name}").read_text()) for name in ("current", "max"))
+        free = min(free, limit - used)
+    return free
+
+
+def sample_tokens(data_dir: Path, vocabulary: int):
     """Token ids (1, n) int64 with n <= SAMPLE: the first document of the training data, or random ones without it."""
     import numpy as np
     import torch
@@ -96,41 +281,29 @@ def sample_tokens(data_dir: Path, model):
     with contextlib.suppress(UserError, OSError):
         pack = open_packs(data_dir / "training.npy")[0]
         return torch.from_numpy(pack["input_ids"][: min(SAMPLE, pack["cu_seqlens"][1])].astype(np.int64))[None]
-    return torch.from_numpy(np.random.default_rng(0).integers(0, model.vocab_size, (1, SAMPLE)))
+    return torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (1, SAMPLE)))
 
 
-def compare(model, directory: Path, tokens) -> tuple[float, float]:
-    """Largest difference between the logits of Megatron's model and of transformers', and how much is tolerable."""
+def compare(iteration: Path, directory: Path, data_dir: Path) -> tuple[float, float]:
+    """Largest difference between the logits of Megatron's model and of transformers', and how much is tolerable.
+
+    One model after the other is in memory.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    weights = next(model.parameters())
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=weights.dtype).to(weights.device).eval()
-    tokens = tokens.to(weights.device)
-    positions = torch.arange(tokens.shape[1], device=weights.device)[None]
+    with checkpoints.trained_model(iteration) as model, torch.no_grad():
+        weights = next(model.parameters())
+        dtype, device = weights.dtype, weights.device
+        tokens = sample_tokens(data_dir, model.vocab_size).to(device)
+        ours = model(tokens, torch.arange(tokens.shape[1], device=device)[None], None).float()
+        del model, weights
+    gc.collect()
+    if not this_machine().on_cpu:
+        torch.cuda.empty_cache()
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
     with torch.no_grad():
-        ours = model(tokens, positions, None).float()
         logits = theirs(tokens).logits.float()
     width = min(ours.shape[-1], logits.shape[-1])  # Megatron's vocabulary may be padded
     difference = (ours[..., :width] - logits[..., :width]).abs().max().item()
-    return difference, TOLERANCE[str(weights.dtype).removeprefix("torch.")] * logits.abs().max().item()
-
-
-def _replace(partial: Path, path: Path) -> None:
-    """Put a finished directory in the place of an older export."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def export_run(config: TrainConfig) -> None:
-    """export=RUN_DIR: write the newest checkpoint of a finished run as a Hugging Face directory."""
-    run_dir = Path(config.export.run)
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"export={run_dir} is not a run directory: it has no config.yaml")
-    with log_to_file(run_dir / "logs" / "export.log"):
-        start_bridge()
-        result = export(run_dir, config.export.path)
-    print(result)
+    return difference, TOLERANCE[str(dtype).removeprefix("torch.")] * logits.abs().max().item()

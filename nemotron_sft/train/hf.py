@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.paths import CONF
-from nemotron_sft.train.compat.bridge import configs_from
+from nemotron_sft.train.compat.bridge import configs_from, translation
 
 ARCHITECTURES = CONF / "model" / "architecture"  # config.json of published models, for work without the hub
 
@@ -111,3 +111,59 @@ def bridge_for(model):
         from megatron.bridge.models.llama.llama_bridge import LlamaBridge as Family
         from transformers import LlamaConfig as Config
     return AutoBridge.from_hf_config(Config(**Family.megatron_to_hf_config(model)))
+
+
+def weight_files(directory: Path | str) -> dict[str, Path]:
+    """{weight: the safetensors file that holds it} of a Hugging Face directory. Raises UserError without any."""
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    if not found:
+        raise UserError(f"{directory} holds no safetensors")
+    return found
+
+
+# Settings of transformers' configs that the shapes of weights, or which of them there are, depend on.
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "num_local_experts", "n_routed_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "mamba_head_dim",
+    "mamba_num_heads", "n_groups", "ssm_state_size", "num_nextn_predict_layers",
+)  # fmt: skip
+
+
+def local_directory(source: str) -> str | None:
+    """Where the files of a directory or hub id are on this machine, None if they are not."""
+    found = config_file(source)
+    return (
+        None
+        if found is None or found.endswith(".json") and found.startswith(str(ARCHITECTURES))
+        else (str(Path(found).parent) if found.endswith(".json") else found)
+    )
+
+
+def export_config(source: str | None, provider):
+    """(Bridge's translator of the family, the transformers config of a trained model).
+
+    source: the directory or hub id that describes the architecture; None: the model's own settings say it.
+    provider: Bridge's model provider as it was trained, which has the last word on every size: a model made smaller
+    than `source` by keys of `model` is exported as what it is. dtype: that of the weights. Raises UserError.
+    """
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+    if source is None:
+        found = bridge_for(provider)
+    else:
+        found = AutoBridge.from_hf_config(load_config(source))
+    translator, config = translation(found), found.hf_pretrained
+    trained = translator.megatron_to_hf_config(provider)
+    for name in SIZES:
+        if trained.get(name) is not None and getattr(config, name, trained[name]) != trained[name]:
+            setattr(config, name, trained[name])
+    for name in ("auto_map", "quantization_config"):  # code of the hub's, and a number format, that are not exported
+        if hasattr(config, name):
+            delattr(config, name)
+    return translator, config

@@ -69,7 +69,7 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
     if config.preflight:
         return plan(config)
     if config.export.run:
-        return export.export_run(config)
+        return export.export_run(config.export.run, config.export.path)
     wandb.check(config.tracking)
     run = settle(config, composed, join_processes())
     with log_to_file(run.directory / "logs" / f"rank{run.machine.rank}.log") as terminal:
@@ -77,9 +77,7 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         container = configure(run)
         if not container.train.train_iters:
             return convert(run, container, terminal)
-        observed = fit(run, container, terminal)
-        if run.machine.rank == 0:
-            conclude(run, observed, terminal)
+        conclude(run, fit(run, container, terminal), terminal)
 
 
 def join_processes() -> Machine:
@@ -186,16 +184,19 @@ def fit(run: Run, container: Any, terminal: TextIO) -> Observed:
 
 
 def conclude(run: Run, observed: Observed, terminal: TextIO) -> None:
-    """Answer the held-out prompts again, export if asked to, and report."""
-    observed.heldout.after(run.directory / "checkpoints")
+    """Answer the held-out prompts again, export if asked to (every rank its share), and report."""
+    first = run.machine.rank == 0
+    if first:
+        observed.heldout.after(run.directory / "checkpoints")
     export_if_asked(run, terminal)
-    summarise(observed.progress, observed.heldout, run.directory, observed.imported, terminal)
+    if first:
+        summarise(observed.progress, observed.heldout, run.directory, observed.imported, terminal)
 
 
 def export_if_asked(run: Run, terminal: TextIO) -> None:
     """export.hf=true: the newest checkpoint as a Hugging Face directory."""
-    if run.config.export.hf:
-        print(export.export(run.directory, run.config.export.path), file=terminal)
+    if run.config.export.hf and (result := export.export(run.directory, run.config.export.path)):
+        print(result, file=terminal)
 
 
 def plan(config: TrainConfig) -> None:

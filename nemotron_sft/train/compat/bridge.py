@@ -68,3 +68,34 @@ def adapter_state(model: list, lora: Any) -> dict:
     )
 
     return apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(model, {}), lora)
+
+
+@patch(
+    {
+        "megatron.bridge.training.checkpointing:_generate_model_state_dict": (
+            "(model, model_sd_kwargs, ckpt_format, *, pg_collection)"
+        ),
+    },
+    seen="megatron-bridge 0.6.2",
+    until="Bridge or core names the shards of single weights",
+)
+def model_state(model: Any, metadata: dict | None) -> dict[str, Any]:
+    """{parameter: its shards}, as a checkpoint with this content metadata holds them; Bridge only loads all at once."""
+    from megatron.bridge.training.checkpointing import _generate_model_state_dict
+
+    return _generate_model_state_dict([model], {"metadata": metadata})["model"]
+
+
+@patch(
+    {
+        "megatron.bridge.models.conversion.auto_bridge:AutoBridge._model_bridge": "property",
+        "megatron.bridge.models.conversion.model_bridge:MegatronModelBridge._accumulate_grouped_export": (
+            "(self, task, converted_weights_dict, model_config, grouped_buffers, hf_state_dict)"
+        ),
+    },
+    seen="megatron-bridge 0.6.2",
+    until="Bridge exports a chosen few weights from memory that is not a model's",
+)
+def translation(found: Any) -> Any:
+    """The MegatronModelBridge of an AutoBridge: Bridge exports a whole model that is in memory, or nothing."""
+    return found._model_bridge
