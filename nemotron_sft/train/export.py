@@ -20,9 +20,10 @@ from typing import Any
 from nemotron_sft.data.packed import open_packs, read_metadata
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import write_json
-from nemotron_sft.train import checkpoints, handover, hf
+from nemotron_sft.train import checkpoints, handover, hf, peft
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.start import log_to_file, start_bridge, this_machine
+from nemotron_sft.train.weights import AdaptedReader, CheckpointReader, HuggingFaceReader, Skeleton
 
 SAMPLE = 256  # tokens on which an export is compared with the model it came from
 # Largest difference of two logits, relative to the largest logit: fp32 differs by the order of additions, bf16 by
@@ -64,8 +65,7 @@ class _Job:
     @property
     def base(self) -> Path | None:
         """The directory of the model that training started from, as far as it is on this machine."""
-        found = hf.local_directory(self.source) if self.source else None
-        return Path(found) if found else None
+        return hf.local_directory(self.source) if self.source else None
 
 
 def export_run(run_dir: Path | str, path: Path | str | None = None) -> None:
@@ -200,12 +200,16 @@ def _write_weights(job: _Job, rank: int, world_size: int) -> Export:
 
 def _opened(job: _Job) -> tuple[Any, Any, Callable[[list[str]], dict[str, Any]]]:
     """The model without memory, its transformers config, and what reads its weights: names -> {name: tensor}."""
-    from nemotron_sft.train.weights import CheckpointReader, Skeleton
-
+    run = checkpoints.run_of(job.iteration)
     provider = checkpoints.provider_of(job.iteration)
     translator, config = hf.export_config(job.source, provider)
-    skeleton = Skeleton(provider, translator, config)
-    reader = CheckpointReader(skeleton.model, job.iteration)
+    adapters = peft.restored(run["peft"]) if run.get("peft") else None
+    skeleton = Skeleton(provider, translator, config, adapters)
+    reader: Any = CheckpointReader(skeleton.model, job.iteration)
+    if adapters:
+        base = checkpoints.base_of(run)
+        theirs = HuggingFaceReader(skeleton, base) if is_hf(str(base)) else CheckpointReader(skeleton.model, base)
+        reader = AdaptedReader(skeleton, theirs, reader)
     config.dtype = reader.dtype
     return skeleton, config, reader.read
 

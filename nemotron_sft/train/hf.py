@@ -135,14 +135,11 @@ SIZES = (
 )  # fmt: skip
 
 
-def local_directory(source: str) -> str | None:
+def local_directory(source: str) -> Path | None:
     """Where the files of a directory or hub id are on this machine, None if they are not."""
-    found = config_file(source)
-    return (
-        None
-        if found is None or found.endswith(".json") and found.startswith(str(ARCHITECTURES))
-        else (str(Path(found).parent) if found.endswith(".json") else found)
-    )
+    found = Path(config_file(source) or ARCHITECTURES)
+    folder = found.parent if found.suffix == ".json" else found
+    return None if folder in (ARCHITECTURES, ARCHITECTURES.parent) else folder
 
 
 def export_config(source: str | None, provider):
@@ -154,10 +151,7 @@ def export_config(source: str | None, provider):
     """
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
-    if source is None:
-        found = bridge_for(provider)
-    else:
-        found = AutoBridge.from_hf_config(load_config(source))
+    found = AutoBridge.from_hf_config(load_config(source)) if source else bridge_for(provider)
     translator, config = translation(found), found.hf_pretrained
     trained = translator.megatron_to_hf_config(provider)
     for name in SIZES:

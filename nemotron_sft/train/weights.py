@@ -20,7 +20,9 @@ from typing import Any
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.train.compat.bridge import model_state
+from nemotron_sft.train.peft import Adapter
 
+EMBEDDING = "embedding.word_embeddings.weight"
 GROUP = 1 << 29  # numbers that are read, translated, written and compared at a time: 1 GiB in bf16, 2 GiB in fp32
 
 
@@ -129,8 +131,11 @@ class Skeleton:
         """
         for task in group.tasks:
             name = plain_name(task.param_name)
-            with _filled(task, weights[name]):
-                back = from_hf(task, named)
+            try:
+                with _filled(task, weights[name]):
+                    back = from_hf(task, named)
+            except KeyError as missing:
+                raise UserError(f"not exported: {name} became no weight {missing.args[0]}") from None
             if not _same(back, weights[name]):
                 raise UserError(f"not exported: read back, {name} differs from the checkpoint's")
         return len(group.tasks)
@@ -148,8 +153,7 @@ def _filled(task, weight) -> Iterator[Any]:
     """Put a real weight into the skeleton while Bridge works on it: some mappings look at the module's own."""
     import torch
 
-    owner, _, name = task.param_name.rpartition(".")
-    module = task.megatron_module
+    module, name = task.megatron_module, task.param_name.rpartition(".")[2]
     table = next((t for t in (module._parameters, module._buffers) if name in t), {})
     empty = table.get(name)
     real = torch.nn.Parameter(weight, requires_grad=False) if isinstance(empty, torch.nn.Parameter) else weight
@@ -194,7 +198,13 @@ class CheckpointReader:
     @property
     def dtype(self):
         """That of the embedding, which is the model's in transformers; some weights may have another."""
-        return self._dtypes[self._entries["embedding.word_embeddings.weight"].key]
+        return self.dtype_of(EMBEDDING)
+
+    def dtype_of(self, name: str):
+        """That of one parameter in the checkpoint. Raises UserError for one that it does not hold."""
+        if name not in self:
+            raise UserError(f"{self.directory} holds no weight {name}: it is a checkpoint of another model")
+        return self._dtypes[self._entries[name].key]
 
     def __contains__(self, name: str) -> bool:
         entry = self._entries.get(name)
@@ -213,11 +223,49 @@ class CheckpointReader:
     def _with_memory(self, name: str):
         import torch
 
-        if name not in self:
-            raise UserError(f"{self.directory} holds no weight {name}: it is a checkpoint of another model")
-        entry = self._entries[name]
-        shape = entry.data.shape
-        return dataclasses.replace(entry, data=torch.empty(shape, dtype=self._dtypes[entry.key], device="cpu"))
+        dtype, entry = self.dtype_of(name), self._entries[name]
+        return dataclasses.replace(entry, data=torch.empty(entry.data.shape, dtype=dtype, device="cpu"))
+
+
+class AdaptedReader:
+    """The weights of a run with adapters: those that it started from, with the adapters of a checkpoint in them.
+
+    base, own: readers of the two, on the same skeleton. Weights come in the adapters' precision if theirs is lower.
+    """
+
+    def __init__(self, skeleton: Skeleton, base: CheckpointReader | HuggingFaceReader, own: CheckpointReader):
+        self._wrappers, self._base, self._own = skeleton.wrappers, base, own
+        self._least = own.dtype_of(next(self._parts(layer)[0] for layer in self._wrappers))
+
+    @property
+    def dtype(self):
+        import torch
+
+        return torch.promote_types(self._base.dtype, self._least)
+
+    def read(self, names: list[str]) -> dict[str, Any]:
+        """{name: tensor} of these parameters, adapters merged."""
+        import torch
+
+        layers = {name: layer for name in names if (layer := name.rpartition(".")[0]) in self._wrappers}
+        parts = self._own.read([part for layer in dict.fromkeys(layers.values()) for part in self._parts(layer)])
+        weights = self._base.read(names)
+        for name, weight in weights.items():
+            if weight.is_floating_point():
+                weights[name] = weight.to(torch.promote_types(weight.dtype, self._least))
+            if name in layers:
+                expert = name.rpartition(".weight")[2]  # of grouped experts: weight0, weight1, ...
+                adapter = self._adapter(layers[name], parts)
+                weights[name] = adapter.merged(weights[name], int(expert) if expert else None)
+        return weights
+
+    def _parts(self, layer: str) -> list[str]:
+        return [f"{layer}.adapter.{name}" for name, _ in self._wrappers[layer].adapter.named_parameters()]
+
+    def _adapter(self, layer: str, parts: dict[str, Any]) -> Adapter:
+        settings, prefix = self._wrappers[layer].adapter, f"{layer}.adapter"
+        first, second = parts[f"{prefix}.linear_in.weight"], parts[f"{prefix}.linear_out.weight"]
+        return Adapter(first, second, parts.get(f"{prefix}.weight_magnitude"), settings.alpha / settings.dim)
 
 
 class HuggingFaceReader:
@@ -229,6 +277,11 @@ class HuggingFaceReader:
         self.directory = directory
         self._files = hf.weight_files(directory)
         self._tasks = {plain_name(task.param_name): task for task in skeleton.tasks}
+
+    @property
+    def dtype(self):
+        """That of the embedding."""
+        return self.read([EMBEDDING])[EMBEDDING].dtype
 
     def read(self, names: list[str]) -> dict[str, Any]:
         """{name: tensor} of these parameters. Raises UserError for one that the directory does not hold."""

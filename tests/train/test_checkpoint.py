@@ -6,6 +6,7 @@ from conftest import losses, recipe
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import checkpoints, export
 from nemotron_sft.train.checkpoints import newest_iteration
+from nemotron_sft.train.weights import Skeleton
 
 SHORT = ["train.global_batch_size=4", "scheduler.lr_warmup_iters=1", "validation.eval_interval=0"]
 
@@ -139,25 +140,41 @@ def test_the_export_answers_as_the_trained_model_does(hf_models, trained, bridge
     assert len(set(tokens[0, prompt.shape[1] :].tolist())) > 1
 
 
+def spoiled(skeleton, group, weights):
+    """A translation that gets one weight wrong."""
+    named = original_to_hf(skeleton, group, weights)
+    return {key: value + 0.05 if key.endswith("down_proj.weight") else value for key, value in named.items()}
+
+
+def incomplete(skeleton, group, weights):
+    """A translation that loses one."""
+    return {
+        key: value for key, value in original_to_hf(skeleton, group, weights).items() if "layers.1.mlp.up" not in key
+    }
+
+
+original_to_hf = Skeleton.to_hf
+
+
 @pytest.mark.slow
-def test_an_export_that_differs_leaves_no_directory(trained, bridge, tmp_path, monkeypatch):
-    run_dir, _ = trained
-    original = export._bridge
-
-    def wrong(config, model):  # one weight off, in memory, after which Megatron's logits are others
-        found = original(config, model)
-        save = found.save_hf_pretrained
-
-        def spoil(*args, **kwargs):
-            save(*args, **kwargs)
-            model.decoder.layers[0].mlp.linear_fc2.weight.data.add_(0.05)
-
-        found.save_hf_pretrained = spoil
-        return found
-
-    monkeypatch.setattr(export, "_bridge", wrong)
-    with pytest.raises(UserError, match="not exported: its logits differ by"):
-        export.export(run_dir, str(tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("translate", "look_back", "message"),
+    [
+        (spoiled, True, r"read back, decoder.layers.0.mlp.linear_fc2.weight differs from the checkpoint's"),
+        (spoiled, False, "its logits differ by"),
+        (incomplete, True, r"decoder.layers.1.mlp.linear_fc1.weight became no weight model.layers.1.mlp.up_proj"),
+        (incomplete, False, r"transformers reports missing keys: model.layers.1.mlp.up_proj.weight"),
+    ],
+)
+def test_an_export_that_differs_leaves_no_directory(
+    trained, bridge, tmp_path, monkeypatch, translate, look_back, message
+):
+    monkeypatch.setattr(Skeleton, "to_hf", translate)
+    if not look_back:
+        monkeypatch.setattr(Skeleton, "check_back", lambda *_: 0)
+    with pytest.raises(UserError, match=f"not exported: {message}") as refused:
+        export.export(trained[0], tmp_path / "out")
+    assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
