@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The smallest model that exercises every code path of training.
+# The smallest model that exercises every code path of training that is not about Mamba layers or experts.
 SMALL = [
+    "model=tiny_gpt",
     "model.num_layers=2",
     "model.hidden_size=64",
     "model.ffn_hidden_size=128",

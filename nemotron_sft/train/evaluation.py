@@ -90,6 +90,7 @@ def _next_tokens(model, rows: list[list[int]]) -> list[int]:
             cu_seqlens_kv=boundaries,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            total_tokens=int(ends[-1]),  # Mamba layers take the documents' boundaries from what this derives
         ),
     )
     if get_tensor_model_parallel_world_size() > 1:

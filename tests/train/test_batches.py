@@ -127,7 +127,8 @@ def token_losses(model, records):
     from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
 
     batch = collate(records)
-    packed = get_packed_seq_params({k: v for k, v in batch.items() if "seqlen" in k})
+    packed = {k: v for k, v in batch.items() if "seqlen" in k} | {"total_tokens": batch["tokens"].shape[1]}
+    packed = get_packed_seq_params(packed)
     with torch.no_grad():
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
     return losses[0], batch

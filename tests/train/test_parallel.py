@@ -89,7 +89,6 @@ def test_a_killed_rank_ends_the_run_and_is_named(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.provider=HybridModelProvider", "model.hybrid_layer_pattern=M*-"], "Mamba layers"),
         (["model.tensor_model_parallel_size=4", "model.num_attention_heads=4"], "start a multiple of 4"),
     ],
 )

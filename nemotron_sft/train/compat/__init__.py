@@ -4,6 +4,7 @@
     cpu.py        Megatron on a machine without a GPU, by means of
     cuda.py         requests for CUDA answered by the CPU
     attention.py    attention and rotary positions of packed rows
+    mamba.py        Mamba layers
     gpu.py        what Megatron lacks, or does slowly, on a GPU
     bridge.py     Bridge on either: where it finds configs, what it builds, what an adapter checkpoint holds
     submitit.py   the sbatch script

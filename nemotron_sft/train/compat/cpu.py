@@ -1,8 +1,8 @@
 """Run Megatron-Core and Megatron-Bridge, unmodified, on a machine without a GPU.
 
 Both address CUDA by name. `use_cpu()` sends those requests to the CPU, supplies stand-ins for the CUDA-only
-packages that Bridge imports unconditionally, and adds the one thing core cannot do without Transformer Engine:
-attention over packed (THD) batches. On a machine with a GPU nothing here runs.
+packages that Bridge imports unconditionally, and adds what core cannot do without Transformer Engine and mamba-ssm:
+attention over packed (THD) batches, and Mamba layers. On a machine with a GPU nothing here runs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from nemotron_sft.errors import UserError
 from nemotron_sft.train.compat.attention import accept_packed_attention, vectorise_packed_rope
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.cuda import redirect_cuda
+from nemotron_sft.train.compat.mamba import documents_reach_mamba, use_mamba
 from nemotron_sft.train.compat.registry import patch
 from nemotron_sft.train.compat.slim import placeholder
 
@@ -36,6 +36,9 @@ def use_cpu() -> None:
     _adapters_without_transformer_engine()
     accept_packed_attention()
     vectorise_packed_rope()
+    use_mamba()
+    documents_reach_mamba()
+    _split_sizes_as_numbers()
 
 
 @patch(
@@ -54,15 +57,35 @@ def _decide_without_transformer_engine() -> None:
 
 
 @patch(
-    {"megatron.bridge.peft.utils:HAVE_TE": "bool"},
-    seen="megatron-bridge 0.6.2",
+    {
+        "megatron.bridge.peft.utils:HAVE_TE": "bool",
+        "megatron.core.tensor_parallel.layers:ColumnParallelLinear.tp_size": "missing",
+    },
+    seen="megatron-bridge 0.6.2, megatron-core 0.19.2",
     until="Bridge asks core's HAVE_TE",
 )
 def _adapters_without_transformer_engine() -> None:
     """Bridge takes core's names of Transformer Engine layers, which are None here, for a sign that it is present."""
     import megatron.bridge.peft.utils as peft
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
     peft.HAVE_TE = False
+    ColumnParallelLinear.tp_size = property(lambda self: self.tp_group.size())  # asked of a Mamba mixer's in_proj
+
+
+@patch(
+    {"megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": ("(tensor, as_numpy, record_stream)")},
+    seen="megatron-core 0.19.2",
+    until="core takes numbers from a tensor that is on the CPU already",
+)
+def _split_sizes_as_numbers() -> None:
+    """Core makes numbers of the sizes that experts exchange only while it copies them from a GPU."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    def move(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = move
 
 
 def adapt(container) -> None:
@@ -74,6 +97,8 @@ def adapt(container) -> None:
     container.mixed_precision = container.comm_overlap = None
     container.optimizer.use_distributed_optimizer = container.ddp.use_distributed_optimizer = False
     container.optimizer.use_precision_aware_optimizer = False
+    container.ddp.overlap_grad_reduce = container.ddp.overlap_param_gather = False
+    container.optimizer.overlap_param_gather = False
     container.optimizer.bf16 = container.optimizer.fp16 = False
     container.optimizer.params_dtype = torch.float32
     container.checkpoint.async_save = False
@@ -84,14 +109,19 @@ def adapt(container) -> None:
 def adapt_model(model) -> None:
     """The same for a model provider alone: core's own layers, in fp32, with nothing fused."""
     import torch
-    from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+    from megatron.core.transformer.enums import AttnBackend
 
-    if not isinstance(model, GPTModelProvider):
-        raise UserError("Mamba layers need a GPU: on the CPU choose a model without them, such as llama32_1b")
     model.bf16 = model.fp16 = False
-    model.params_dtype = torch.float32
+    model.params_dtype = model.pipeline_dtype = torch.float32
     for fusion in vars(model):
         if fusion.endswith("_fusion"):
             setattr(model, fusion, False)
     model.persist_layer_norm = False
-    model.transformer_layer_spec = local_layer_spec
+    if isinstance(model, HybridModelProvider):
+        model.attention_backend = AttnBackend.auto  # as GPT has it: core forbids one process to change it
+        model.moe_grouped_gemm = model.moe_shared_expert_overlap = False
+        model.moe_token_dispatcher_type = "alltoall"
+    else:
+        model.transformer_layer_spec = local_layer_spec

@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 
 from nemotron_sft.train.compat.bridge import skip_helper_build
+from nemotron_sft.train.compat.mamba import documents_reach_mamba
 from nemotron_sft.train.compat.registry import patch
 
 
@@ -22,6 +23,7 @@ def use_gpu() -> None:
     supply_wgrad_kernel()  # before core looks for it, at import
     skip_helper_build()
     agree_on_signals_on_the_host()
+    documents_reach_mamba()
 
 
 @patch(

@@ -1,0 +1,201 @@
+"""Mamba-2 layers on the CPU, where mamba-ssm and causal-conv1d, of which core makes its mixer, do not exist.
+
+`use_mamba` gives core's mixer a convolution and a scan in plain PyTorch. `documents_reach_mamba` is for the GPU, too.
+"""
+
+from __future__ import annotations
+
+from nemotron_sft.train.compat.registry import patch
+
+
+@patch(
+    {
+        "megatron.core.ssm.mamba_mixer:MambaMixer.forward": (
+            "(self, hidden_states, inference_context, *, inference_params, packed_seq_params)"
+        ),
+        "megatron.core.packed_seq_params:PackedSeqParams.__post_init__": "(self)",
+    },
+    seen="megatron-core 0.19.2, megatron-bridge 0.6.2",
+    until="core derives seq_idx from cu_seqlens alone, or refuses a packed row without it",
+)
+def documents_reach_mamba() -> None:
+    """Let no Mamba layer run over a packed row without knowing where its documents begin.
+
+    Core derives that (`seq_idx`) from the `total_tokens` of PackedSeqParams; whoever leaves it out gets one state for
+    the whole row, and documents see each other without a word. Bridge leaves it out where `is_hybrid_model` is not set.
+    """
+    from megatron.core.ssm.mamba_mixer import MambaMixer
+
+    whole = MambaMixer.forward
+
+    def forward(self, hidden_states, inference_context=None, *, packed_seq_params=None, **kwargs):
+        if packed_seq_params is not None and packed_seq_params.seq_idx is None:
+            padded = packed_seq_params.cu_seqlens_q_padded
+            ends = packed_seq_params.cu_seqlens_q if padded is None else padded
+            packed_seq_params.total_tokens = int(ends[-1])
+            packed_seq_params.__post_init__()
+        return whole(self, hidden_states, inference_context, packed_seq_params=packed_seq_params, **kwargs)
+
+    MambaMixer.forward = forward
+
+
+@patch(
+    {
+        "megatron.core.ssm.mamba_mixer:HAVE_MAMBA_SSM": "bool",
+        "megatron.core.ssm.mamba_mixer:_check_mamba_sequence_packing_support": "(for_inference_not_training)",
+        "megatron.core.ssm.mamba_mixer:mamba_split_conv1d_scan_combined": "NoneType",
+        "megatron.core.ssm.mamba_mixer:ExtendedRMSNorm": "class | (*args, **kwargs)",  # a mock
+        "megatron.core.models.hybrid.hybrid_block:TENorm": "NoneType | class",
+        "megatron.core.post_training.modelopt.hybrid.model_specs:Norm": "class",
+        "megatron.core.post_training.modelopt.hybrid.model_specs:get_hybrid_stack_modelopt_spec": (
+            "(local_core_attention, remap_te_layernorm, use_default_te_spec, moe_grouped_gemm)"
+        ),
+        "megatron.bridge.models.hybrid.hybrid_provider:get_default_hybrid_stack_spec": "(config)",
+        "megatron.core.ssm.mamba_context_parallel:tex": "NoneType | module",
+        "megatron.core.ssm.mamba_context_parallel:is_te_min_version": "(version, check_equality)",
+    },
+    seen="megatron-core 0.19.2, megatron-bridge 0.6.2",
+    until="core has a Mamba mixer that runs without mamba-ssm",
+)
+def use_mamba() -> None:
+    """Core's Mamba mixer and hybrid stacks are made of CUDA-only parts: supply PyTorch's and core's own, unfused ones.
+
+    They are set where Bridge looks up its default, so that a checkpoint does not name them; weights are saved under
+    the names that Transformer Engine's layers have, so a GPU reads them. Nothing is put into sys.modules, where
+    transformers would take it for the real packages. Call after attention.accept_packed_attention.
+    """
+    import megatron.bridge.models.hybrid.hybrid_provider as provider
+    import megatron.core.models.hybrid.hybrid_block as hybrid_block
+    import megatron.core.post_training.modelopt.hybrid.model_specs as model_specs
+    import megatron.core.ssm.mamba_context_parallel as context_parallel
+    import megatron.core.ssm.mamba_mixer as mixer
+    from megatron.core.utils import tex
+
+    mixer.HAVE_MAMBA_SSM = True
+    mixer._check_mamba_sequence_packing_support = lambda for_inference_not_training: (True, None)
+    mixer.mamba_split_conv1d_scan_combined = conv_and_scan
+    mixer.ExtendedRMSNorm = _grouped_norm()
+    hybrid_block.TENorm = model_specs.Norm = _norm
+    provider.get_default_hybrid_stack_spec = lambda config: model_specs.get_hybrid_stack_modelopt_spec(
+        local_core_attention=True, remap_te_layernorm=True
+    )
+    context_parallel.tex, context_parallel.is_te_min_version = tex, lambda version: True
+
+
+def _norm(config, hidden_size: int, eps: float = 1e-5):
+    """PyTorch's norm. Core's wrapper of it refuses sequence parallelism, which only has to know of its weights."""
+    import torch
+
+    norm = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization](hidden_size, eps)
+    for weight in norm.parameters():
+        weight.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+def _grouped_norm() -> type:
+    """RMSNorm within each group of channels, as a Mamba mixer has it before its output projection."""
+    import torch
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    class GroupedRMSNorm(torch.nn.Module):
+        def __init__(self, hidden_size, eps, group_size, norm_before_gate, device, dtype):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=dtype))
+            self.eps, self.group_size = eps, group_size
+
+        def forward(self, hidden):
+            groups = hidden.unflatten(-1, (-1, self.group_size))
+            return torch.nn.functional.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
+
+        def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+            return make_sharded_tensors_for_checkpoint(
+                self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets,
+                tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"],
+            )  # fmt: skip
+
+    return GroupedRMSNorm
+
+
+def conv_and_scan(
+    zxbcdt, conv_weight, conv_bias, dt_bias, A, *, D, chunk_size, headdim, ngroups, seq_idx=None, activation="silu",
+    norm_before_gate=False,
+):  # fmt: skip
+    """mamba-ssm's `mamba_split_conv1d_scan_combined`: causal convolution, scan, skip connection, gate.
+
+    zxbcdt: (n, t, 2 * d + 2 * g * s + h) of gate z (d = h * p), input x (d), B and C (g * s) and step dt (h);
+    conv_weight: (d + 2 * g * s, width); conv_bias: (d + 2 * g * s,); dt_bias, A (negative), D: (h,);
+    headdim: p; ngroups: g; seq_idx: (1, t) int, ascending: the document of each token, None for one document.
+    Returns (n, t, d). Neither the convolution nor the state sees beyond a document's first token.
+    """
+    import torch
+
+    heads, channels = len(A), len(conv_weight)
+    d = heads * headdim
+    z, mixed, dt = zxbcdt.split([d, channels, heads], dim=-1)
+    document = zxbcdt.new_zeros(1, zxbcdt.shape[1], dtype=torch.int64) if seq_idx is None else seq_idx
+    convolved = torch.nn.functional.silu(convolve(mixed, conv_weight, conv_bias, document))
+    x, B, C = convolved.split([d, *[(channels - d) // 2] * 2], dim=-1)
+    x, B, C = (each.unflatten(-1, (count, -1)) for each, count in ((x, heads), (B, ngroups), (C, ngroups)))
+    y = scan(x, torch.nn.functional.softplus(dt + dt_bias), A, B, C, document, chunk_size) + x * D[:, None]
+    return y.flatten(-2) * torch.nn.functional.silu(z)
+
+
+def convolve(x, weight, bias, document):
+    """Causal convolution of every channel over time, within each document.
+
+    x: (n, t, c); weight: (c, width), its last column for the token itself; bias: (c,); document: (1, t).
+    Returns (n, t, c).
+    """
+    import torch
+
+    out = x * weight[:, -1] + bias
+    for back in range(1, min(weight.shape[1], x.shape[1])):
+        inside = (document[:, back:] == document[:, :-back])[..., None]
+        tap = x[:, :-back] * weight[:, -1 - back] * inside
+        out = out + torch.nn.functional.pad(tap, (0, 0, back, 0))
+    return out
+
+
+def scan(x, dt, A, B, C, document, chunk_size: int):
+    """The recurrence of Mamba-2 (Dao and Gu 2024, section 6), from a zero state at the start of every document:
+
+        state[t] = exp(dt[t] * A) * state[t - 1] + dt[t] * outer(x[t], B[t]);  y[t] = state[t] @ C[t]
+
+    x: (n, t, h, p); dt: (n, t, h); A: (h,); B, C: (n, t, g, s), shared by the h / g heads of a group;
+    document: (1, t). Returns (n, t, h, p). Inside a chunk the recurrence is one masked matrix product, as attention
+    is; what a chunk leaves behind is then handed to the chunks in which its last document goes on.
+    """
+    import torch
+
+    n, t, heads, p = x.shape
+    size = min(chunk_size, t)
+    # double: sums over a row are so exact that no document can change another's
+    x, log_decay = x * dt[..., None], (dt * A).double()
+
+    def chunks(each, value=0):  # (n, t, ...) -> (n, chunks, size, ...)
+        padding = (*[0, 0] * (each.dim() - 2), 0, -t % size)
+        return torch.nn.functional.pad(each, padding, value=value).unflatten(1, (-1, size))
+
+    x = chunks(x).unflatten(3, (B.shape[2], -1)).permute(0, 1, 3, 4, 2, 5)  # (n, chunks, g, heads of a group, size, p)
+    total = chunks(log_decay).unflatten(3, (B.shape[2], -1)).permute(0, 1, 3, 4, 2).cumsum(-1)
+    B, C = (chunks(each).transpose(2, 3) for each in (B, C))  # (n, chunks, g, size, s)
+    document = chunks(document, -1)  # (1, chunks, size)
+
+    same = document[..., :, None] == document[..., None, :]
+    decay = _exp(total[..., :, None] - total[..., None, :], same.tril()[:, :, None, None], x)
+    y = ((C @ B.transpose(-1, -2))[:, :, :, None] * decay) @ x
+    if x.shape[1] > 1:
+        decay = _exp(total[..., -1:] - total, same[:, :, None, None, -1], x)
+        left = (x * decay[..., None]).transpose(-1, -2) @ B[:, :, :, None]  # (n, chunks, g, r, p, s)
+        ends = total[..., -1].cumsum(1)  # (n, chunks, g, r)
+        goes_on = (document[:, :, None, 0] == document[:, None, :, -1]).tril(-1)  # from chunk j to the start of i
+        decay = _exp((ends - total[..., -1])[:, :, None] - ends[:, None], goes_on[..., None, None], x)
+        start = torch.einsum("nijgr,njgrps->nigrps", decay, left)
+        decay = _exp(total, (document == document[..., :1])[:, :, None, None], x)
+        y = y + (C[:, :, :, None] @ start.transpose(-1, -2)) * decay[..., None]
+    return y.permute(0, 1, 4, 2, 3, 5).reshape(n, -1, heads, p)[:, :t]
+
+
+def _exp(exponent, where, like):
+    """exp(exponent) `where` true, else 0. (Masked first: elsewhere it may overflow.)"""
+    return exponent.masked_fill(~where, float("-inf")).to(like.dtype).exp()
