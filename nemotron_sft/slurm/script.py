@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 from nemotron_sft.train.compat.submitit import sbatch_script
 
+TEMPLATE = Path(__file__).with_name("job.sh.jinja")
+
 
 @dataclass
 class Container:
@@ -104,6 +106,7 @@ def script(app: str, slurm: Slurm, folder: Path, config: str, arguments: str = "
         shared = [here] if base.is_relative_to(here) else [here, base]
         seen = [*(f"{path}:{path}" for path in shared), *slurm.container.mounts]
         srun += [f"--container-image={image}", f"--container-mounts={','.join(seen)}", f"--container-workdir={here}"]
+    before, after = around_tasks(slurm, folder, retry_lost=not train)
     extra = {"chdir": str(Path.cwd()), "requeue": True, **slurm.sbatch_args}
     return (
         sbatch_script(
@@ -129,59 +132,25 @@ def script(app: str, slurm: Slurm, folder: Path, config: str, arguments: str = "
             stderr_to_stdout=True,
             additional_parameters=extra,
             srun_args=[*srun, *slurm.srun_args],
-            setup=_before(slurm, folder),
-            teardown=_after(slurm, retry_lost=not train),
+            setup=before,
+            teardown=after,
         )
         + "\n"
     )
 
 
-def _before(slurm: Slurm, folder: Path) -> list[str]:
-    array = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    return [
-        'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))",
-        *(f"export {key}={shlex.quote(str(value))}" for key, value in slurm.environment.items()),
-        *slurm.setup,
-        f"job={shlex.quote(str(folder))}/{array}",
-        'rm -f "$job".exit "$job"_stop "$job"_failure.txt',
-        "cancelled=",
-        "trap cancelled=yes TERM # wait for the tasks, however they end",
-    ]
+def around_tasks(slurm: Slurm, folder: Path, retry_lost: bool) -> tuple[list[str], list[str]]:
+    """The lines of job.sh.jinja before and after the tasks. retry_lost: queue a job again whose task was killed."""
+    import jinja2
 
-
-def _after(slurm: Slurm, retry_lost: bool) -> list[str]:
-    """What the script does once the tasks have ended: queue the job again, or say what went wrong.
-
-    A job is queued again if it was told to stop, by its time limit or by preemption; jobs of preparation also if a
-    task was killed from outside (status above 128) by something else than scancel (143).
-
-    srun's status is the highest of its tasks', and when one fails it ends the others with SIGTERM: 143 may stand for
-    another's failure.
-    """
-    lost = ' || { [ "$status" -gt 128 ] && [ "$status" -ne 143 ]; }' if retry_lost else ""
-    return [
-        "status=$?",
-        "trap '' TERM # which requeueing sends as well, also to scontrol",
-        'if [ "$status" -eq 143 ] && [ -z "$cancelled" ] && [ -e "$job"_failure.txt ]; then',
-        '  [ "$(head -c 7 "$job"_failure.txt)" = "error: " ] && status=2 || status=1',
-        "fi",
-        "before=${SLURM_RESTART_COUNT:-0}",
-        "stopped() {",
-        f'  [ -e "$job"_stop ]{lost} || scontrol -o show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"',
-        "}",
-        'if [ "$status" -ne 0 ] && stopped; then',
-        f'  if [ "$before" -lt {slurm.max_requeues} ]; then',
-        f'    echo "stopped early; queued again ($((before + 1)) of {slurm.max_requeues} times)"',
-        '    scontrol requeue "$SLURM_JOB_ID" && exit "$status"',
-        "  fi",
-        '  echo "error: stopped early, after $before times in the queue again (cluster.max_requeues)"',
-        'elif [ "$status" -gt 128 ]; then',
-        '  echo "error: a task was killed by signal $((status - 128)); srun names it above"',
-        '  [ ! -e "$job"_failure.txt ] || echo "another said: $(tail -n 1 "$job"_failure.txt) (${job}_failure.txt)"',
-        'elif [ "$status" -ne 0 ]; then',
-        '  cat "$job"_failure.txt 2> /dev/null || echo "error: srun failed with status $status"',
-        "fi",
-        'echo "$status" > "$job".exit',
-        'exit "$status"',
-    ]
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["quote"] = shlex.quote
+    text = environment.from_string(TEMPLATE.read_text()).render(
+        environment=slurm.environment,
+        setup=slurm.setup,
+        folder=folder,
+        max_requeues=slurm.max_requeues,
+        retry_lost=retry_lost,
+    )
+    before, _, after = text.rpartition("--- tasks ---\n")
+    return before.splitlines(), after.splitlines()

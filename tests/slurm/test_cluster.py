@@ -70,6 +70,24 @@ def test_golden_scripts(name, app_name, overrides, array):
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
+def test_values_reach_the_shell_as_they_are(tmp_path):
+    """Variables and the folder's name are quoted, lines of setup are not."""
+    slurm = submit.settings(composed("train", "cluster=slurm").cluster)
+    slurm.environment = {"ODD": "it's $HOME; {{ not jinja }}", "NUMBER": 7}
+    slurm.setup = ["LATER=${NUMBER}1"]
+    folder = tmp_path / "a b" / "it's"
+    before, after = script.around_tasks(slurm, folder, retry_lost=True)
+    shown = ["scontrol() { :; }", *before, 'printf "%s\\n" "$ODD" "$LATER" "$job"']
+    done = subprocess.run(["bash", "-c", "\n".join(shown)], capture_output=True, text=True, env={"SLURM_JOB_ID": "5"})
+    assert done.stdout.splitlines() == ["it's $HOME; {{ not jinja }}", "71", f"{folder}/5"], done.stderr
+    assert after[0] == "status=$?"
+
+
+def test_a_submission_holds_the_job_template(tmp_path):
+    submit.store([], tmp_path)
+    assert (tmp_path / "code/nemotron_sft/slurm/job.sh.jinja").read_text() == script.TEMPLATE.read_text()
+
+
 def test_srun_is_told_the_cpus():
     slurm = submit.settings(composed("train", "cluster=slurm", "cluster.cpus_per_task=3").cluster)
     text = script.script("train", slurm, Path("/f"), "config-0.yaml")
