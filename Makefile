@@ -34,8 +34,7 @@ smoke: $(READY)
 	$(PYTHON) recipes/train.py data=output/data/tiny
 
 test: $(READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not timed"
-	$(PYTHON) -m pytest -m timed
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	.venv/bin/ruff check .

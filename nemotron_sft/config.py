@@ -166,10 +166,7 @@ class Prep:
     shard: int | None = MISSING
     cluster: dict[str, Any] = MISSING  # conf/cluster, see cluster.Slurm
     force: bool = MISSING
-    inspect: str | None = MISSING
-    pack: int = MISSING
     tracking: Tracking = MISSING
-    lineage: str | None = MISSING  # a path whose record to print, instead of anything else
 
 
 # --- recipes/train.py --------------------------------------------------------------------------------------
@@ -254,7 +251,6 @@ class Peft(Bridge):
 @dataclass
 class Export:
     hf: bool = MISSING  # after training
-    run: str | None = MISSING  # a run directory to export, instead of training
     path: str | None = MISSING
 
 
@@ -292,5 +288,4 @@ class TrainConfig:
     heldout: Heldout = MISSING
     export: Export = MISSING
     tracking: Tracking = MISSING
-    lineage: str | None = MISSING  # a path whose record to print, instead of anything else
     cluster: dict[str, Any] = MISSING  # conf/cluster, see cluster.Slurm

@@ -1,4 +1,7 @@
-"""Terminal output: one rich console on stderr for progress, tables on stdout, plain lines when nobody watches."""
+"""Terminal output: one rich console on stderr for progress, tables on stdout, plain lines when nobody watches.
+
+Text that data brings goes through `visible` before it is printed: a terminal obeys escape sequences.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,24 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
+# C0 controls have pictures of their own; C1 and marks that turn the direction of text are written as escapes.
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
+_ESCAPED = (*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+_VISIBLE = _PICTURES | {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _ESCAPED}
+
+
+def visible(text: str) -> str:
+    """Text with its control characters shown instead of sent: an escape as \u241b. Line ends and tabs stay."""
+    return text.translate(_VISIBLE)
+
 
 def console(stderr: bool = False):
     """A rich Console; tables stay whole when the output is a file or a pipe (width 120 instead of 80)."""
-    from rich.console import Console
+    import rich.console
+
+    class Console(rich.console.Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich would exit with 1; app.command knows what to do
 
     stream = sys.stderr if stderr else sys.stdout
     return Console(
@@ -18,15 +35,18 @@ def console(stderr: bool = False):
     )
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; the first column is left-aligned, the others to the right."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], header: bool = True) -> None:
+    """Print a table; the first column is left-aligned, the others to the right, or to the left without a header.
+
+    Titles and cells may hold rich's markup. Control characters in them are shown.
+    """
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    grid = Table(title=visible(title), title_justify="left", title_style="bold", show_header=header)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right")
+        grid.add_column(column, justify="right" if header and index else "left")
     for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
+        grid.add_row(*(visible(str(cell)) for cell in row))
     console().print(grid)
 
 

@@ -1,4 +1,12 @@
-"""Turn chat data into packed training data: python recipes/prep.py [group=option] [key=value ...] (--help)"""
+"""Turn chat data into packed training data: template, tokens, loss mask, packs, splits.
+
+  python recipes/prep.py blend=tiny                                the data in this repository
+  python recipes/prep.py blend=my.json tokenizer.model=PATH_OR_HUB_ID
+  python recipes/prep.py blend=nano3 sample=1000                   1,000 records of each open data set
+  python recipes/show.py output/data/tiny --pack 7                 look at a pack
+
+A rerun continues where an interrupted run stopped, and does nothing if nothing changed.
+"""
 
 from omegaconf import DictConfig
 
@@ -9,14 +17,8 @@ from nemotron_sft.config import Prep, check
 def main(cfg: DictConfig) -> None:
     config = check(cfg, Prep)
     from nemotron_sft.data import prep, report, tracked  # the first heavy import
-    from nemotron_sft.record import show, wandb
+    from nemotron_sft.record import wandb
 
-    if config.lineage:
-        show.show(config.lineage)
-        return
-    if config.inspect:
-        report.inspect(config.inspect, config.pack)
-        return
     if config.shard is not None:
         print(prep.run_shard(config))
         return

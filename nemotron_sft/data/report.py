@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemotron_sft.console import console, table
+from nemotron_sft.console import console, table, visible
 from nemotron_sft.data.opened import open_tokenizer
 from nemotron_sft.data.packed import read_metadata, read_pack
 from nemotron_sft.files import AtomicFile
@@ -71,7 +71,7 @@ def print_report(metadata: dict) -> None:
         for drop in drops:
             detail = f" ({drop['detail']})" if drop["detail"] else ""
             where = f"{drop['dataset']}, first at {drop['first']}{detail}"
-            out.print(f"  {number(drop['count'])} x {drop['reason']}: {where}", markup=False)
+            out.print(visible(f"  {number(drop['count'])} x {drop['reason']}: {where}"), markup=False)
     out.print(f"{metadata['wall_seconds']:,.1f} s, {metadata['tokens_per_second']:,.0f} tokens/s")
 
 
@@ -126,11 +126,11 @@ def write_report(directory: str | Path, metadata: dict, tokenizer: Tokenizer | N
         file.write(html.encode())
 
 
-def inspect(path: str | Path, pack: int = 0) -> None:
+def print_pack(path: str | Path, pack: int = 0) -> None:
     """Print one pack as text: trained tokens green, context grey, special tokens bold.
 
-    path: an output directory (its training packs) or one of the packed files in it. Where there are no
-    colours, as in a pipe, trained text stands between « and ». Raises UserError.
+    path: an output directory (its training packs) or one of the packed files in it. Control characters are shown.
+    Where there are no colours, as in a pipe, trained text stands between « and ». Raises UserError.
     """
     path = Path(path)
     directory = path.parent if path.is_file() else path
@@ -157,7 +157,7 @@ def inspect(path: str | Path, pack: int = 0) -> None:
             if not colours and trained != open_mark:
                 text.append("«" if trained else "»")
                 open_mark = trained
-            text.append(piece, ("bold " if is_special else "") + ("green" if trained else "bright_black"))
+            text.append(visible(piece), ("bold " if is_special else "") + ("green" if trained else "bright_black"))
         if open_mark:
             text.append("»")
         out.print(text)

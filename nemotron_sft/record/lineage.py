@@ -30,6 +30,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemotron_sft.files import write_json
+from nemotron_sft.paths import TYPED
 from nemotron_sft.record import code_version, digests
 
 FORMAT, VERSION = "nemotron-sft-lineage", 1
@@ -53,7 +54,7 @@ def record(stage: str, config: Any, inputs: list[dict], outputs: list[dict]) -> 
         "version": VERSION,
         "stage": stage,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *TYPED]),
         "config": {"digest": digests.plain_digest(config), "values": config},
         "code": code_version.code(),
         "packages": packages(),

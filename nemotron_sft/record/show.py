@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemotron_sft.console import console
+from nemotron_sft.console import console, visible
 from nemotron_sft.errors import UserError
 from nemotron_sft.record.lineage import FILE, find
 
 
-def show(path: str) -> None:
+def print_lineage(path: str | Path) -> None:
     """Print the chain from an output back to the source files. Raises UserError if there is no record of it."""
     found = find(path)
     if not found:
@@ -26,7 +26,7 @@ def tree(record: dict, path: Path):
     from rich.tree import Tree
 
     shown = [o for o in record["outputs"] if Path(o["path"]).resolve() == path.resolve()] or record["outputs"]
-    root = Tree(f"[bold]{path}[/]")
+    root = Tree(f"[bold]{_safe(str(path))}[/]")
     for output in shown:
         root.add(_title(output))
     _branches(root.add(_maker(record)), record)
@@ -88,4 +88,4 @@ def _state(file: dict) -> str:
 def _safe(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(visible(text))

@@ -22,7 +22,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from nemotron_sft.console import visible
 from nemotron_sft.errors import UserError
+from nemotron_sft.paths import TYPED
 
 
 def run(task: Callable, arguments: list[str]) -> None:
@@ -32,7 +34,8 @@ def run(task: Callable, arguments: list[str]) -> None:
     _, config, _, job, *overrides = arguments
     cfg = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(overrides))
     typed = Path(config).with_name("command.txt")
-    sys.argv[1:] = shlex.split(typed.read_text())[2:]  # without the interpreter and the recipe
+    TYPED[:] = shlex.split(typed.read_text())[1:]  # without the interpreter
+    sys.argv[1:] = TYPED[1:]
     rank = set_up_distributed()
     listen(job, rank)
     try:
@@ -77,6 +80,7 @@ def failed(job: str, rank: int, text: str, status: int) -> None:
     The first rank to come here is the one to look at, the others only lost their connection to it. Its file has two
     names: a link is made once, and by one process only, also on network file systems.
     """
+    text = visible(text)  # it ends up in a terminal, and may quote data
     own = Path(f"{job}_{rank}_traceback.txt")
     own.write_text(text)
     try:

@@ -74,8 +74,9 @@ def here(cluster: DictConfig) -> None:
 def run_here(jobs: Sequence[Sequence[str]]) -> int:
     """Run the jobs of a sweep on this machine, each in a process of its own; the exit status of the first to fail."""
     for overrides in jobs:
-        print(f"--- {' '.join(overrides)}", flush=True)
-        if status := subprocess.run([sys.executable, sys.argv[0], *overrides]).returncode:
+        typed = [override.removeprefix("++") for override in overrides]  # which open_key adds to dotted keys
+        print(f"--- {' '.join(typed)}", flush=True)
+        if status := subprocess.run([sys.executable, sys.argv[0], *typed]).returncode:
             return status
     return 0
 

@@ -76,7 +76,7 @@ class Progress:
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of step {step} is {loss}: look at packs {sorted(set(self.consumed.packs))} of training.npy "
-                f"(recipes/prep.py inspect=DIR pack=N), lower optimizer.lr, or resume from an earlier checkpoint"
+                f"(recipes/show.py DIR --pack N), lower optimizer.lr, or resume from an earlier checkpoint"
             )
         elapsed, steps = time.perf_counter() - self.clock, step - self.since
         speed = steps * self.tokens_per_step / elapsed

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from nemotron_sft.console import visible
 from nemotron_sft.train.evaluation import Heldout
 
 
@@ -13,6 +14,7 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
     """Print the closing table and three held-out answers, and draw loss.png."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     out = Console(file=terminal, width=None if terminal.isatty() else 120, highlight=False)
     table = Table(title=f"Run {run_dir}", title_justify="left", show_header=False)
@@ -44,7 +46,8 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
         records = scores.prompts.records
         for i in range(0, len(records), max(1, len(records) // scores.config.samples))[: scores.config.samples]:
             before, after = (scores.answers[when][i] for when in ("before", "after"))
-            examples.add_row(records[i]["messages"][-1]["content"], records[i]["answer"], before[:80], after[:80])
+            cells = (records[i]["messages"][-1]["content"], records[i]["answer"], before[:80], after[:80])
+            examples.add_row(*(Text(visible(cell)) for cell in cells))
         out.print(examples)
     draw(run_dir)
 

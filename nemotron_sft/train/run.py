@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.data.packed import check_data, find_data
 from nemotron_sft.errors import UserError
-from nemotron_sft.paths import STARTED
+from nemotron_sft.paths import STARTED, TYPED
 from nemotron_sft.record import wandb
 from nemotron_sft.train import checkpoints, estimate, export, tracked
 from nemotron_sft.train.checkpoints import starting_point
@@ -68,8 +68,6 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
     """
     if config.preflight:
         return plan(config)
-    if config.export.run:
-        return export.export_run(config.export.run, config.export.path)
     wandb.check(config.tracking)
     run = settle(config, composed, join_processes())
     with log_to_file(run.directory / "logs" / f"rank{run.machine.rank}.log") as terminal:
@@ -130,7 +128,7 @@ def write_directory(run: Run) -> None:
     except OSError as error:
         raise UserError(f"cannot create the run directory {run.directory} ({error.strerror}): set run_dir") from None
     OmegaConf.save(run.composed, run.directory / "config.yaml", resolve=True)
-    (run.directory / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n")
+    (run.directory / "command.txt").write_text(shlex.join([sys.executable, *TYPED]) + "\n")
     print(f"data {run.data_dir}  run directory {run.directory}", flush=True)
 
 

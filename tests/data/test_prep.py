@@ -594,8 +594,9 @@ def test_disk_full(configured, tmp_path, kilobytes):
 
 
 def command(*arguments, **options):
+    file = ROOT / f"recipes/{options.pop('name', 'prep')}.py"
     return subprocess.run(
-        [sys.executable, *options.pop("python", []), str(ROOT / "recipes/prep.py"), *arguments],
+        [sys.executable, *options.pop("python", []), str(file), *arguments],
         capture_output=True, text=True, **options,
     )  # fmt: skip
 
@@ -606,8 +607,10 @@ def test_command(tmp_path):
     assert "Mix of tiny" in done.stdout and "Wrote output/data/tiny-sample100" in done.stdout
     again = command("blend=tiny", "sample=100", cwd=tmp_path)
     assert again.returncode == 0 and "Nothing changed" in again.stdout
-    shown = command("inspect=output/data/tiny-sample100", "pack=1", cwd=tmp_path)
+    shown = command("output/data/tiny-sample100", "--pack", "1", cwd=tmp_path, name="show")
     assert shown.returncode == 0 and "pack 1," in shown.stdout and "«" in shown.stdout
+    shown = command("output/data/tiny-sample100", cwd=tmp_path, name="show")
+    assert "Mix of tiny" in shown.stdout and "Dataset-tiny" in shown.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["output"]
     bad = command("blend=file", "blend.path=nowhere.json", cwd=tmp_path)
     assert (bad.returncode, bad.stdout) == (2, "")

@@ -183,7 +183,7 @@ def test_the_tables_name_mix_splits_lengths_and_drops(tmp_path, tokenizer, capsy
 def test_inspect_marks_trained_text(tmp_path, tokenizer, capsys):
     make_output(tmp_path, tokenizer)
     for path in (tmp_path, tmp_path / "training.npy"):
-        report.inspect(path, 1)
+        report.print_pack(path, 1)
         lines = capsys.readouterr().out.split("\n", 1)
         bodies = re.split(r"sequence \d+: .*─*\n", lines[1])[1:]
         expected = texts(tmp_path, tokenizer, 1)
@@ -203,7 +203,7 @@ def test_inspect_colours_a_terminal(tmp_path, tokenizer, monkeypatch):
         "console",
         lambda: Console(file=screen, force_terminal=True, color_system="standard", width=200),
     )
-    report.inspect(tmp_path)
+    report.print_pack(tmp_path)
     text = screen.getvalue()
     assert "\x1b[32m<b>größer</b> & 你好 🙂" in text  # green
     assert "\x1b[1;32m<|im_end|>" in text  # bold green: a special token that is trained
@@ -216,7 +216,7 @@ def test_inspect_reads_parquet(tmp_path, tokenizer, capsys):
     shown = []
     for path in (tmp_path / "npy", tmp_path / "parquet"):
         report.write_report(path, read_metadata(path))
-        report.inspect(path, 2)
+        report.print_pack(path, 2)
         shown.append(capsys.readouterr().out.split("\n", 1)[1])
     assert shown[0] == shown[1]
 
@@ -224,13 +224,13 @@ def test_inspect_reads_parquet(tmp_path, tokenizer, capsys):
 def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path, tokenizer):
     metadata = make_output(tmp_path, tokenizer, records=2)
     with pytest.raises(UserError, match="no pack 7"):
-        report.inspect(tmp_path, 7)
+        report.print_pack(tmp_path, 7)
     with pytest.raises(UserError, match="not a finished output"):
-        report.inspect(tmp_path / "nowhere")
+        report.print_pack(tmp_path / "nowhere")
     metadata["tokenizer"]["digest"] = "0"
     write_metadata(tmp_path, metadata)
     with pytest.raises(UserError, match="has changed since the data was made with it"):
-        report.inspect(tmp_path)
+        report.print_pack(tmp_path)
     (tmp_path / "metadata.json").unlink()
     with pytest.raises(UserError, match="not a finished output"):
-        report.inspect(tmp_path / "training.npy")
+        report.print_pack(tmp_path / "training.npy")

@@ -118,13 +118,14 @@ def test_the_record_reaches_from_the_model_to_the_source_files(chain):
 
 @pytest.mark.slow
 def test_the_chain_is_printed_as_a_tree(chain):
-    done = recipe("train", f"lineage={chain}/train/second")
+    done = recipe("show", f"{chain}/train/second")
     assert done.returncode == 0, done.stderr
     for name in (f"{MODEL} (", f"{DATA}  ", f"{PRETRAIN}  random", "Dataset-tiny", "data/tiny/train.jsonl"):
         assert name in done.stdout
-    of_checkpoint = recipe("train", f"lineage={chain}/train/first/checkpoints/iter_0000002")
+    assert re.search(r"validation loss +│ \d\.\d{4} -> \d\.\d{4}", done.stdout) and "2, the newest" in done.stdout
+    of_checkpoint = recipe("show", f"{chain}/train/first/checkpoints/iter_0000002")
     assert "iter-2" in of_checkpoint.stdout and "iter-4" not in of_checkpoint.stdout
-    nothing = recipe("train", f"lineage={chain}/nowhere")
+    nothing = recipe("show", f"{chain}/nowhere")
     assert nothing.returncode == 2 and len(nothing.stderr.splitlines()) == 1
 
 
@@ -207,9 +208,9 @@ def test_an_outage_delays_training_by_seconds_and_loses_nothing(broken_server, n
     started = time.monotonic()
     done = recipe(
         "train", f"data={tiny_data}", f"run_dir={tmp_path}/run", *SHORT, "tracking=wandb",
-        f"tracking.base_url={broken_server}", WANDB_API_KEY="0" * 40, HOME=tmp_path,
+        f"tracking.base_url={broken_server}", "tracking.timeout=5", WANDB_API_KEY="0" * 40, HOME=tmp_path,
     )  # fmt: skip
-    assert time.monotonic() - started < normal_seconds + 30
+    assert time.monotonic() - started < 3 * normal_seconds  # which imports take most of
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in (done.stdout + done.stderr).splitlines() if "W&B" in line or "wandb" in line]
     assert len(told) == 1 and "nothing is lost, upload it later with: wandb sync" in told[0], told

@@ -1,13 +1,15 @@
 """Jobs without a Slurm: the scripts, what is refused, and a thousand units whose tasks keep failing."""
 
+import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, recipe
+from conftest import ROOT, recipe, run
 from hydra import compose, initialize_config_dir
 
 from nemotron_sft import app, config, paths
@@ -131,6 +133,36 @@ def test_refused_with_one_line(arguments, message):
     done = recipe("train", *arguments, "data=none")
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["train", "prep"])
+def test_a_submission_imports_nothing_heavy(name, tmp_path):
+    """With an sbatch that says yes to everything."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 4711\n")
+    sbatch.chmod(0o755)
+    options = ["-m", "cluster=slurm", "cluster.wait=false", f"cluster.folder={tmp_path}/jobs"]
+    options += ["data=/nowhere", "optimizer.lr=1e-5"] if name == "train" else []
+    command = [sys.executable, "-X", "importtime", f"recipes/{name}.py", *options]
+    done = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0 and "Submitted job 4711" in done.stdout, done.stderr
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "submitit" in imported
+    assert not imported & {"torch", "megatron", "transformers", "wandb", "pyarrow", "numba"}
+    (typed,) = tmp_path.glob("jobs/*/command.txt")
+    assert typed.read_text() == shlex.join([sys.executable, f"recipes/{name}.py", *options]) + "\n"
+
+
+def test_a_sweep_on_this_machine_records_each_command_as_it_could_be_typed(monkeypatch):
+    started = []
+
+    def fake(command):
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(submit.subprocess, "run", fake)
+    assert submit.run_here([["++optimizer.lr=1e-5", "seed=1"], ["++optimizer.lr=2e-5", "seed=1"]]) == 0
+    assert [command[2:] for command in started] == [[f"optimizer.lr={lr}", "seed=1"] for lr in ("1e-5", "2e-5")]
 
 
 def test_no_sbatch(tmp_path):

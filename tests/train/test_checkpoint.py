@@ -210,8 +210,9 @@ def test_lora_trains_adapters_alone_and_exports_them_merged(hf_models, converted
 
 @pytest.mark.slow
 def test_export_of_a_run_by_command(trained, tmp_path):
-    done = recipe("train", f"export={trained[0]}", f"export.path={tmp_path}/out")
+    done = recipe("export", trained[0], "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     first, second = weights(trained[0] / "hf"), weights(tmp_path / "out")
     assert all((first[key] == second[key]).all() for key in first)
-    assert recipe("train", f"export={tmp_path}").returncode == 2
+    refused = recipe("export", tmp_path)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "no config.yaml" in refused.stderr

@@ -1,0 +1,63 @@
+"""A run directory for people, from the files in it: what was trained on what, and how well it went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nemotron_sft.console import table
+from nemotron_sft.errors import UserError
+
+
+def find_run(path: Path) -> Path | None:
+    """The run directory that `path` is, or lies up to two levels inside; None if there is none."""
+    places = (path.resolve(), *path.resolve().parents[:2])
+    return next((place for place in places if (place / "config.yaml").is_file()), None)
+
+
+def print_run(run_dir: Path) -> None:
+    """Print the summary of a run. Raises UserError for files that cannot be read."""
+    table(f"Run {run_dir}", ["", ""], summary(run_dir), header=False)
+
+
+def summary(run_dir: Path) -> list[tuple[str, str]]:
+    """(name, text) pairs from config.yaml, metrics.jsonl, heldout.json and checkpoints/ of a run.
+
+    Losses are in nats per trained token. Raises UserError for files that cannot be read.
+    """
+    config = OmegaConf.load(run_dir / "config.yaml")
+    lines = _read(run_dir / "metrics.jsonl")
+    rows = [
+        ("model", str(config.model.name)),
+        ("starts from", str(config.init_from)),
+        ("data", str(config.data.path)),
+        ("steps", f"{max((line['step'] for line in lines), default=0):,}"),
+    ]
+    for key, name in (("loss", "training loss"), ("validation_loss", "validation loss"), ("test_loss", "test loss")):
+        if found := [line[key] for line in lines if key in line]:
+            change = f"{found[0]:.4f} -> {found[-1]:.4f}" if len(found) > 1 else f"{found[0]:.4f}"
+            rows.append((name, change))
+    if scores := _scores(run_dir / "heldout.json"):
+        rows.append(("held-out exact match", " -> ".join(f"{score:.1%}" for score in scores)))
+    saved = sorted(path.name for path in (run_dir / "checkpoints").glob("iter_*"))
+    newest = f", the newest {saved[-1]}" if saved else ""
+    rows.append(("checkpoints", f"{len(saved)}{newest}"))
+    return rows
+
+
+def _read(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; none where the run has not logged yet."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} holds a line that is no JSON ({error}): remove it") from None
+
+
+def _scores(path: Path) -> list[float]:
+    """The shares of right answers before and, if there was an after, after training."""
+    try:
+        return list(json.loads(path.read_text())["exact_match"].values())
+    except (OSError, ValueError, LookupError, AttributeError):  # none, or of another version
+        return []
