@@ -8,12 +8,16 @@ written in conf/blend/NAME.yaml, or in any JSON or YAML file given as `blend=FIL
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nemotron_sft import config
+from nemotron_sft.data.jsontext import NotJSON, loads
 from nemotron_sft.errors import UserError
+
+FORMS = ("openai", "sharegpt", "alpaca", "pairs")  # see forms.py
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Dataset:
     weight: passes over the data; 0.25 takes a seeded quarter, 1.5 takes all once and a seeded half again, 0
         leaves the data set out.
     filter: {field: value}: keep records whose field equals the value, or contains it if the field is a list.
+    form: one of FORMS, None to find it from the first records. fields: {part: field} where the form's parts are, if
+        not under their usual names. messages_field, tools_field: short for two of these.
     """
 
     name: str
@@ -34,6 +40,10 @@ class Dataset:
     revision: str | None = None
     weight: float = 1.0
     filter: dict[str, Any] = field(default_factory=dict)
+    form: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+    messages_field: str | None = None
+    tools_field: str | None = None
 
     def keeps(self, record: dict) -> bool:
         """Whether a record passes the filter."""
@@ -70,10 +80,16 @@ def _read(path: Path) -> Any:
 
     if not path.is_file():
         raise UserError(f"no blend file {path}: give an existing JSON or YAML file as blend=FILE")
-    try:
-        content = yaml.safe_load(path.read_text())  # JSON is YAML too
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    text = path.read_bytes()
+    try:  # not all JSON is YAML: tabs, exponents and escaped emoji are not
+        content = loads(text)
+    except NotJSON as not_json:
+        try:
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            if path.suffix == ".json":
+                raise UserError(f"{path}:{not_json.line}: not JSON ({not_json})") from None
+            raise UserError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     return content.get("datasets") if isinstance(content, dict) else None
 
 
@@ -96,10 +112,21 @@ def _dataset(entry: Any, where: str) -> Dataset:
     for f in fields(Dataset):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in entry:
             raise UserError(f"{where}: {f.name} is missing")
-        wanted = dict if f.name == "filter" else (int, float) if f.name == "weight" else str
+        wanted = dict if f.name in ("filter", "fields") else (int, float) if f.name == "weight" else str
+        if f.name == "weight" and isinstance(entry.get("weight"), str):
+            entry["weight"] = _number(entry["weight"])
         if f.name in entry and (not isinstance(entry[f.name], wanted) or isinstance(entry[f.name], bool)):
             raise UserError(f"{where}: {f.name} must be a {'number' if f.name == 'weight' else wanted.__name__}")
     dataset = Dataset(**entry)
     if not (math.isfinite(dataset.weight) and 0 <= dataset.weight <= 1000):
         raise UserError(f"{where}: weight is the number of passes, 0 to 1000, not {dataset.weight}")
+    if dataset.form not in (None, *FORMS):
+        raise UserError(f"{where}: form {dataset.form}: choose from {', '.join(FORMS)}")
+    if wrong := [part for part, name in dataset.fields.items() if not isinstance(name, str)]:
+        raise UserError(f"{where}: fields.{wrong[0]} must be the name of a field")
     return dataset
+
+
+def _number(text: str) -> float | str:
+    """YAML takes a number like 1e-1 for text."""
+    return float(text) if re.fullmatch(r"\d+(\.\d*)?[eE][-+]?\d+", text) else text

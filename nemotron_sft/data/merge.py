@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -48,6 +48,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         spools = [stack.enter_context(Spool(todo.spool(unit))) for unit in todo.units]
         mix = _mix(todo, [spool.stats for spool in spools])
         _check_drops(mix, cfg.max_drop_ratio)
+        _check_records(mix, todo)
         conversations, sequences = _load(spools)
         if not len(sequences):
             raise UserError(f"blend {todo.name}: nothing to train on in {len(todo.files)} files")
@@ -118,14 +119,34 @@ def _mix(todo: Plan, stats: list[dict]) -> list[dict]:
                     first = reading.locate(unit.pieces[piece].file, position)
                     dropped[reason] = {"count": 0, "first": first, "detail": entry["detail"]}
                 dropped[reason]["count"] += entry["count"]
+        flags = sum((Counter(s["flags"]) for _, s in mine), Counter())
         sums = {key: sum(s[key] for _, s in mine) for key in SUMS}
         about = {"name": dataset.name, "path": dataset.path, "weight": dataset.weight}
+        about |= {"form": str(todo.forms[number]), "flags": dict(sorted(flags.items()))}
         mix.append({**about, **sums, "dropped": dropped})
     asked = [entry["weight"] * entry["records_matched"] for entry in mix]
     taken = [entry["passes"] for entry in mix]
     for entry, a, t in zip(mix, asked, taken, strict=True):
         entry |= {"requested_share": a / (sum(asked) or 1), "realised_share": t / (sum(taken) or 1)}
     return mix
+
+
+def _check_records(mix: list[dict], todo: Plan) -> None:
+    """Refuse a dataset that gives nothing: it is empty, or its filter, its weight or what was dropped leave nothing."""
+    for entry, dataset in zip(mix, todo.datasets, strict=True):
+        if entry["sequences"]:
+            continue
+        matched = entry["records_matched"]
+        if not entry["records_read"]:
+            reason = f"no records in {dataset.path}"
+        elif not matched:
+            reason = f"none of {entry['records_read']:,} records matches its filter {dataset.filter}"
+        elif not entry["dropped"]:
+            reason = f"weight={dataset.weight:g} takes none of {matched:,} records"
+        else:
+            why, drop = max(entry["dropped"].items(), key=lambda item: item[1]["count"])
+            reason = f"nothing is left of {matched:,} records; most are dropped for {why}, first at {drop['first']}"
+        raise UserError(f"data set {entry['name']}: {reason}; correct that, or leave it out with weight: 0")
 
 
 def _check_drops(mix: list[dict], limit: float) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from nemotron_sft.config import Prep
 from nemotron_sft.data import reading, sources
 from nemotron_sft.data.blend import Dataset, load_blend
 from nemotron_sft.data.chat import Template, load_template
+from nemotron_sft.data.forms import Form, detect
 from nemotron_sft.data.reading import File, Piece
 from nemotron_sft.data.tokens import Tokenizer, load_tokenizer
 from nemotron_sft.errors import UserError
 from nemotron_sft.paths import ROOT
 
 UNIT_BYTES = 8 << 20  # of input: seconds of work, so that little is lost and processes stay evenly busy
+FIRST_RECORDS = 100  # of a dataset, which tell its form
 MAX_UNITS = 2048  # ... but huge inputs get larger units, because merging holds every spool file open
 
 
@@ -47,8 +50,7 @@ class Plan:
     tokenizer: Tokenizer
     pack_size: int
     truncate: bool
-    messages_field: str
-    tools_field: str
+    forms: tuple[Form, ...]  # of the datasets
     sample: int | None
     seed: int
     drops_allowed: bool
@@ -75,7 +77,9 @@ def find_inputs(cfg: Prep) -> Inputs:
     """Find the inputs, and download what is on the hub. Raises UserError, also for settings that cannot work."""
     validate(cfg)
     name, datasets = load_blend(cfg.blend)
-    return Inputs(name, datasets, [sources.find(dataset, download=cfg.sample is None) for dataset in datasets])
+    base = Path(cfg.blend.path).expanduser().parent if cfg.blend.path else None
+    found = [sources.find(dataset, download=cfg.sample is None, base=base) for dataset in datasets]
+    return Inputs(name, datasets, found)
 
 
 def output_directory(cfg: Prep, name: str) -> Path:
@@ -96,15 +100,16 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
     tokenizer = load_tokenizer(tokenizer_path(cfg), pool=pool)
     template = load_template(**template_options(cfg, tokenizer))
     unit_bytes = max(UNIT_BYTES, inputs.bytes // MAX_UNITS)
-    shaping = [1, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.messages_field,
-               cfg.tools_field, cfg.sample, cfg.seed, cfg.max_drop_ratio > 0]  # fmt: skip
+    shaping = [1, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.sample, cfg.seed,
+               cfg.max_drop_ratio > 0]  # fmt: skip
+    forms = [_form(cfg, dataset, files) for dataset, files in zip(datasets, found, strict=True)]
     units = []
     for index, (dataset, files) in enumerate(zip(datasets, found, strict=True)):
         if cfg.sample is not None:  # the first records in file order: one unit that stops early
             groups = [[reading.whole(file) for file in files]]
         else:
             groups = _grouped([p for file in files for p in reading.pieces(file, unit_bytes)], unit_bytes)
-        about = [*shaping, dataset.name, dataset.weight, dataset.filter]
+        about = [*shaping, dataset.name, dataset.weight, dataset.filter, asdict(forms[index])]
         for group in groups:
             key = _digest(about, [[p.file.label, p.file.stamp, p.start, p.stop] for p in group])
             units.append(Unit(key, index, tuple(group), sum(piece.bytes for piece in group)))
@@ -119,13 +124,20 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
         tokenizer=tokenizer,
         pack_size=cfg.pack_size,
         truncate=cfg.over_long == "truncate",
-        messages_field=cfg.messages_field,
-        tools_field=cfg.tools_field,
+        forms=tuple(forms),
         sample=cfg.sample,
         seed=cfg.seed,
         drops_allowed=cfg.max_drop_ratio > 0,
         fingerprint=_digest(keys, asdict(cfg.split), cfg.max_drop_ratio, cfg.format, tokenizer.pad_id),
     )
+
+
+def _form(cfg: Prep, dataset: Dataset, files: list[File]) -> Form:
+    """The form of a dataset, from its first records."""
+    records = (
+        record for file in files for _, record in reading.read(reading.whole(file), None, bad=lambda *about: None)
+    )
+    return detect(dataset, islice(records, FIRST_RECORDS), cfg.messages_field, cfg.tools_field)
 
 
 def validate(cfg: Prep) -> None:

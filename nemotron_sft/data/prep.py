@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -67,6 +68,7 @@ def run(cfg: Prep) -> dict:
                 shutil.rmtree(directory / "spool", ignore_errors=True)
         elif found := finished(todo):
             return {**found, "directory": str(directory), "unchanged": True}
+        describe_forms(todo)
         if workers > 1 and len(todo.units) > 1 and not pool:
             pool = stack.enter_context(start_workers(workers, cfg))
         run_units(todo, pool)
@@ -95,6 +97,12 @@ def run_shard(cfg: Prep) -> str:
         workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(mine))
         run_units(todo, stack.enter_context(start_workers(workers, cfg)) if workers > 1 else None, mine)
     return f"shard {cfg.shard} of {cfg.shards}: {len(mine)} of {len(todo.units)} units in {todo.directory / 'spool'}"
+
+
+def describe_forms(todo: Plan) -> None:
+    """Say how each dataset is read, one line each."""
+    for dataset, form in zip(todo.datasets, todo.forms, strict=True):
+        print(f"data set {dataset.name}: {form}{'' if dataset.form else ', by its first records'}", file=sys.stderr)
 
 
 @contextmanager

@@ -1,28 +1,34 @@
-"""Records out of files: JSON lines, JSON arrays and Parquet, plain or compressed, here or on a remote file system."""
+"""Records out of files: JSON lines, JSON arrays, Parquet and Arrow, plain or compressed, here or on a remote file
+system."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from nemotron_sft.data import hub
-from nemotron_sft.errors import UserError
+from nemotron_sft.data import columnar, hub
+from nemotron_sft.data.jsontext import NotJSON, loads
+from nemotron_sft.errors import UserError, first_line
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
+FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
+COLUMNAR = (".parquet", ".arrow")
+_SPACE = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first record: a byte order mark and blanks
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class File:
     """One data file.
 
-    path: local path or fsspec URL; for a file on the hub its name inside the data set.
+    path: local path or fsspec URL; for a file on the hub its name inside the dataset.
     label: how messages and the lineage name it. stamp: changes when the content does (size and time, ETag, or
-    the commit of a hub data set). hub: (repository, commit) of a file on the hub.
+    the commit of a hub dataset). hub: (repository, commit) of a file on the hub. name: what tells it from the other
+    files of its dataset, wherever the dataset lies.
     """
 
     path: str
@@ -30,6 +36,7 @@ class File:
     bytes: int
     stamp: str
     hub: tuple[str, str] | None = None
+    name: str = ""
 
     @property
     def format(self) -> str:
@@ -45,7 +52,8 @@ class File:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file: bytes [start, stop) of plain JSONL, row groups of Parquet, else all of it."""
+    """Part of a file: bytes [start, stop) of plain JSON lines, row groups of Parquet, record batches of Arrow, else
+    all of it."""
 
     file: File
     start: int
@@ -55,15 +63,26 @@ class Piece:
 
 def pieces(file: File, piece_bytes: int) -> list[Piece]:
     """A file as pieces of about `piece_bytes`, in order. They depend on the file and on piece_bytes only."""
-    if file.format == ".parquet":
-        with opened(file) as handle:
-            meta = _parquet(handle, file).metadata
-            sizes = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-        return [Piece(file, i, i + 1, size) for i, size in enumerate(sizes)]
-    if file.packed or (file.format == ".json" and _is_array(file)):
+    if file.format in COLUMNAR:
+        with opened(file) as handle, _whole_columns(file, handle):
+            if file.format == ".parquet":
+                return [Piece(file, i, i + 1, size) for i, size in enumerate(columnar.parquet_sizes(handle))]
+            return _arrow_pieces(file, columnar.arrow_sizes(handle), piece_bytes)
+    if file.packed or _is_array(file):
         return [Piece(file, 0, -1, file.bytes)]
     starts = range(0, file.bytes, piece_bytes)
     return [Piece(file, s, min(s + piece_bytes, file.bytes), min(piece_bytes, file.bytes - s)) for s in starts]
+
+
+def _arrow_pieces(file: File, sizes: list[int], piece_bytes: int) -> list[Piece]:
+    """Record batches in groups: they are small, and whoever wants one has to step over those before it."""
+    found, start = [], 0
+    for stop in range(1, len(sizes) + 1):
+        size = sum(sizes[start:stop])
+        if size >= piece_bytes or stop == len(sizes):
+            found.append(Piece(file, start, stop, size))
+            start = stop
+    return found
 
 
 def whole(file: File) -> Piece:
@@ -71,8 +90,11 @@ def whole(file: File) -> Piece:
     return Piece(file, 0, -1, file.bytes)
 
 
+# --- opening -----------------------------------------------------------------------------------------------
+
+
 @contextmanager
-def opened(file: File) -> Iterator[io.BufferedIOBase]:
+def opened(file: File) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed. Raises UserError when it cannot be opened or is damaged."""
     import gzip
     import zlib
@@ -93,39 +115,101 @@ def opened(file: File) -> Iterator[io.BufferedIOBase]:
             if file.packed == ".gz":
                 yield gzip.open(raw)  # noqa: SIM115
             elif file.packed == ".zst":
-                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw), 1 << 20)
+                yield io.BufferedReader(_Zstandard(raw), 1 << 20)
             else:
                 yield raw
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{file.label}: damaged {file.packed} file: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{file.label}: no such file any more") from None
+    except PermissionError:
+        raise UserError(f"{file.label}: no permission to read it") from None
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of a .zst file: all its frames, and EOFError where the last one is cut off. zstandard's own reader
+    ends quietly in both cases."""
+
+    def __init__(self, raw: BinaryIO):
+        import zstandard
+
+        self.raw, self.frames = raw, zstandard.ZstdDecompressor()
+        self.frame, self.rest, self.content = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.content:
+            self.rest = self.rest or self.raw.read(1 << 18)
+            if not self.rest:
+                if self.frame:
+                    raise EOFError("it ends in the middle")
+                return 0
+            self.frame = self.frame or self.frames.decompressobj()
+            self.content = self.frame.decompress(self.rest)
+            self.rest = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        part, self.content = self.content[: len(buffer)], self.content[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+@contextmanager
+def _whole_columns(file: File, handle: BinaryIO) -> Iterator[None]:
+    """Report a damaged Parquet or Arrow file in one line."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        handle.seek(0)
+        _refuse_pointer(file, handle.read(64))
+        kind = file.format[1:].capitalize()
+        raise UserError(f"{file.label}: not a whole {kind} file: {first_line(error)}") from None
+
+
+def _refuse_pointer(file: File, start: bytes) -> None:
+    if start.startswith(_POINTER):
+        raise UserError(f"{file.label}: a Git LFS pointer instead of the data: run git lfs pull there")
 
 
 def _is_array(file: File) -> bool:
-    """Whether a .json file holds one array rather than one object a line."""
+    """Whether a JSON file holds one array rather than one object a line."""
     with opened(file) as handle:
-        return handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        return handle.read(64).lstrip(_SPACE).startswith(b"[")
 
 
-def read(piece: Piece, columns: list[str]) -> Iterator[tuple[int, dict]]:
-    """(position, record) of every record of a piece; `columns` limits what is decoded from Parquet.
+# --- records -----------------------------------------------------------------------------------------------
 
-    Raises UserError, naming file and line, for a record that is not a JSON object.
+
+def read(
+    piece: Piece, columns: list[str] | None, bad: Callable[[int, str, str], None] | None = None
+) -> Iterator[tuple[int, dict]]:
+    """(position, record) of every record of a piece; `columns` limits what is decoded from Parquet and Arrow.
+
+    bad(position, reason, detail) is told of what is no record: a line that is not JSON, or not an object. Without
+    it, and for a file that is damaged as a whole, raises UserError, naming file and line.
     """
     file = piece.file
-    if file.format == ".parquet":
-        yield from _rows(piece, columns)
-    elif file.format == ".json" and _is_array(file):
-        yield from _elements(file)
-    else:
-        yield from _lines(piece)
+
+    def refuse(position: int, reason: str, detail: str) -> None:
+        raise UserError(f"{locate(file, position)}: {detail}")
+
+    source = _rows(piece, columns) if file.format in COLUMNAR else _elements(file) if _is_array(file) else _lines(piece)
+    for position, record in source:
+        if type(record) is dict:
+            yield position, record
+        elif isinstance(record, ValueError):
+            reason, *hint = record.args
+            (bad or refuse)(position, "not JSON", f"not JSON ({reason})" + "".join(hint))
+        else:
+            (bad or refuse)(position, "not an object", f"{type(record).__name__} instead of a JSON object")
 
 
-def _lines(piece: Piece) -> Iterator[tuple[int, dict]]:
-    """JSONL. A line belongs to the piece in which its first byte lies."""
-    import orjson
-
+def _lines(piece: Piece) -> Iterator[tuple[int, object]]:
+    """JSON lines. A line belongs to the piece in which its first byte lies."""
     by_bytes = not piece.file.packed
     with opened(piece.file) as handle:
         position = 0
@@ -137,84 +221,40 @@ def _lines(piece: Piece) -> Iterator[tuple[int, dict]]:
                 break
             if not line.isspace():
                 try:
-                    record = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    record = _after_mark(line, position) or _malformed(piece.file, position, line, error)
-                if type(record) is not dict:
-                    raise UserError(f"{locate(piece.file, position)}: {type(record).__name__} instead of a JSON object")
+                    record = loads(line)
+                except NotJSON as error:
+                    record = _malformed(piece.file, line, error)
                 yield position, record
             position += len(line) if by_bytes else 1
 
 
-def _after_mark(line: bytes, position: int) -> Any:
-    """The record behind the byte order mark that some editors put at the beginning of a file."""
-    import orjson
-
-    if position or not line.startswith(b"\xef\xbb\xbf"):
-        return None
-    try:
-        return orjson.loads(line[3:])
-    except orjson.JSONDecodeError:
-        return None
-
-
-def _malformed(file: File, position: int, line: bytes, error: ValueError):
-    start = line[:60].decode(errors="replace").rstrip()
+def _malformed(file: File, line: bytes, error: NotJSON) -> ValueError:
+    """The same error, with a look at the line."""
+    _refuse_pointer(file, line)
     hint = "the file may be cut off; " if not line.endswith(b"\n") else ""
-    reason = str(error).partition(": line 1")[0]
-    raise UserError(f"{locate(file, position)}: not JSON ({reason}): {hint}the line begins {start!r}")
+    return ValueError(str(error), f": {hint}the line begins {line[:60].decode(errors='replace').rstrip()!r}")
 
 
-def _elements(file: File) -> Iterator[tuple[int, dict]]:
-    """One JSON array. It has to be parsed as a whole, so large data should come as JSONL."""
-    import orjson
-
+def _elements(file: File) -> Iterator[tuple[int, object]]:
+    """One JSON array. It has to be parsed as a whole, so large data should come as JSON lines."""
     with opened(file) as handle:
         try:
-            records = orjson.loads(handle.read().removeprefix(b"\xef\xbb\xbf"))
-        except orjson.JSONDecodeError as error:
-            raise UserError(f"{file.label}:{error.lineno}: not JSON ({error.msg})") from None
-    for position, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(f"{locate(file, position)}: {type(record).__name__} instead of a JSON object")
-        yield position, record
+            records = loads(handle.read())
+        except NotJSON as error:
+            raise UserError(f"{file.label}:{error.line}: not JSON ({error})") from None
+    yield from enumerate(records)
 
 
-def _parquet(handle, file: File):
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowException
-
-    try:
-        return pq.ParquetFile(handle)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{file.label}: not a Parquet file: {' '.join(str(error).split())}") from None
-
-
-def _rows(piece: Piece, columns: list[str]) -> Iterator[tuple[int, dict]]:
-    with opened(piece.file) as handle:
-        table = _parquet(handle, piece.file)
-        stop = piece.stop if piece.stop >= 0 else table.num_row_groups
-        there = [column for column in columns if column in table.schema_arrow.names]
-        position = sum(table.metadata.row_group(i).num_rows for i in range(piece.start))
-        groups = list(range(piece.start, stop))
-        for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=there):
-            for row in batch.to_pylist():
-                yield position, without_nulls(row)
-                position += 1
-
-
-def without_nulls(value: Any) -> Any:
-    """Parquet gives every struct every key, null where the record had none: take those out again."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+def _rows(piece: Piece, columns: list[str] | None) -> Iterator[tuple[int, object]]:
+    """Parquet and Arrow."""
+    rows = columnar.parquet_rows if piece.file.format == ".parquet" else columnar.arrow_rows
+    with opened(piece.file) as handle, _whole_columns(piece.file, handle):
+        yield from rows(handle, columns, piece.start, piece.stop)
 
 
 def locate(file: File, position: int) -> str:
-    """ "file:line" of a record, counted from 1 (the row or element for Parquet and JSON arrays)."""
-    if file.packed or file.format == ".parquet" or (file.format == ".json" and _is_array(file)):
+    """ "file:line" of a record, counted from 1 (the row or element for Parquet, Arrow and JSON arrays)."""
+    if file.packed or file.format in COLUMNAR or _is_array(file):
         return f"{file.label}:{position + 1}"
     line, left = 1, position
     with opened(file) as handle:

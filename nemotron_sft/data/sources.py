@@ -5,9 +5,10 @@
     read(piece)       the piece's records with their positions
     locate(file, position)  "file:line" for a person
 
-JSONL (.jsonl .ndjson, or .json with one object a line), JSON (.json holding one array) and Parquet, the first
-two also compressed (.gz .zst). Plain JSONL is split by bytes and Parquet by row groups; compressed files and
-JSON arrays cannot be entered in the middle and are one piece each.
+JSON lines (.jsonl .ndjson, or .json with one object a line), JSON (one array), Parquet and Arrow (.arrow, as
+save_to_disk writes it), the first two also compressed (.gz .zst). Plain JSON lines are split by bytes, Parquet by row
+groups and Arrow by record batches; compressed files and JSON arrays cannot be entered in the middle and are one piece
+each.
 
 A position identifies a record inside its file: the byte offset of its line in plain JSONL, otherwise the
 number of the line, array element or row, counted from 0.
@@ -15,45 +16,47 @@ number of the line, array element or row, counted from 0.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from nemotron_sft.data.blend import Dataset
 from nemotron_sft.data.hub import endpoint, fetch
-from nemotron_sft.data.reading import COMPRESSED, FORMATS, File
+from nemotron_sft.data.reading import COLUMNAR, COMPRESSED, FORMATS, File
 from nemotron_sft.errors import UserError
 from nemotron_sft.paths import ROOT
 
 HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w-][\w.-]*/[\w.-]+")
+# What Hugging Face datasets writes beside the data; a directory with one of them is taken as a hub dataset is.
+INFO_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
-def find(dataset: Dataset, *, download: bool = True) -> list[File]:
+def find(dataset: Dataset, *, download: bool = True, base: Path | None = None) -> list[File]:
     """The files of a data set in a fixed order. Hub files are downloaded first, unless `download` is false:
     then each is fetched when it is first read.
 
-    A relative path counts from the working directory or, if nothing is there, from the repository.
-    Raises UserError when nothing is found, naming what there is.
+    A relative path counts from `base`, the blend file's folder, or, if nothing is there, from the working directory,
+    or else from the repository. Raises UserError when nothing is found, naming what there is.
     """
     path = dataset.path
     if "://" in path and not path.startswith("hf://"):
         return _remote(dataset)
-    local = Path(path).expanduser()
     if not path.startswith("hf://"):
-        local = next((p for p in (local, ROOT / local) if p.exists() or (_is_glob(path) and _glob(p))), local)
-        if local.is_file():
-            return [_local(local)]
-        if local.is_dir():
-            names = sorted(p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file())
-            card = local / "README.md"
-            chosen = select(names, _card(card.read_text()) if card.is_file() else {}, dataset, hub=False)
-            return [_local(local / name) for name in chosen]
-        if _is_glob(path):
-            if files := [p for p in _glob(local) if p.is_file()]:
-                return [_local(p) for p in files]
-            raise UserError(f"data set {dataset.name}: no file matches {path}")
+        given = Path(path).expanduser()
+        places = [given] if base in (None, Path()) else [base / given, given]
+        for local in (*places, ROOT / given):
+            if local.is_file():
+                return [_local(local, local.name)]
+            if local.is_dir():
+                return _directory(local, dataset)
+            if _is_glob(path) and (matches := _glob(local)):
+                return _matching(local, matches, dataset)
+    if _is_glob(path):
+        raise UserError(f"data set {dataset.name}: no file matches {path}")
     if HUB_ID.fullmatch(path) and not path.endswith((*FORMATS, *COMPRESSED)):
         return _hub(dataset, download)
     raise UserError(f"data set {dataset.name}: no such file or directory: {path}")
@@ -69,17 +72,48 @@ def _glob(path: Path) -> list[Path]:
     return [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
 
 
-def _local(path: Path) -> File:
-    if not _is_data(path.name):
+def _directory(folder: Path, dataset: Dataset) -> list[File]:
+    """The files of a directory, cloned from the hub, written by save_to_disk, cached, or of the user's own making."""
+    names = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]  # .git and .cache hold copies of the data
+        names += [Path(where, name).relative_to(folder).as_posix() for name in files]
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    like_hub = any(name.rpartition("/")[2] in INFO_FILES for name in names) or (folder / ".gitattributes").is_file()
+    return [_local(folder / name, name) for name in select(sorted(names), _card(text), dataset, hub=like_hub)]
+
+
+def _matching(pattern: Path, matches: list[Path], dataset: Dataset) -> list[File]:
+    """The data files among what a glob matches."""
+    fixed = Path(*takewhile(lambda part: not _is_glob(part), pattern.parts))
+    files = [p for p in matches if p.is_file() and _is_data(p.relative_to(fixed).as_posix())]
+    if not files:
+        raise UserError(f"data set {dataset.name}: no data file matches {dataset.path}")
+    return [_local(p, p.relative_to(fixed).as_posix()) for p in files]
+
+
+def _local(path: Path, name: str) -> File:
+    if not _has_format(path.name) or path.name in INFO_FILES:
         raise UserError(f"{path}: not a data file; known are {' '.join(FORMATS)}, also with {' '.join(COMPRESSED)}")
     stat = path.stat()
-    return File(str(path), str(path), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+    return File(str(path), str(path), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}", name=name)
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith((".", "_"))
 
 
 def _is_data(name: str) -> bool:
-    if name.rpartition("/")[2].startswith((".", "_")):
+    """Whether a file of a data set, by its name in it, holds records."""
+    *folders, file = name.split("/")
+    if any(map(_is_hidden, (*folders, file))) or file in INFO_FILES:
         return False
-    if name.endswith(".parquet"):
+    return _has_format(file) and not (file.endswith(".arrow") and file.startswith(("cache-", "tmp")))
+
+
+def _has_format(name: str) -> bool:
+    if name.endswith(COLUMNAR):
         return True
     for packed in COMPRESSED:
         name = name.removesuffix(packed)
@@ -94,7 +128,7 @@ def _remote(dataset: Dataset) -> list[File]:
         fs, path = fsspec.core.url_to_fs(dataset.path)
         if _is_glob(path):
             found = fs.glob(path, detail=True).values()
-            infos = [info for info in found if info["type"] == "file" and _is_data(info["name"])]
+            infos = [i for i in found if i["type"] == "file" and _is_data(str(i["name"]).rpartition("/")[2])]
         elif fs.isfile(path):
             infos = [fs.info(path)]
         else:
@@ -108,12 +142,12 @@ def _remote(dataset: Dataset) -> list[File]:
         raise UserError(f"data set {dataset.name}: cannot list {dataset.path}: {error!r}") from None
     if not infos:
         raise UserError(f"data set {dataset.name}: nothing at {dataset.path}")
-    files = []
+    files, base = [], os.path.commonpath([fs.unstrip_protocol(info["name"]) for info in infos])
     for info in sorted(infos, key=lambda info: info["name"]):
         url = fs.unstrip_protocol(info["name"])
         changes = [info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime")]
         stamp = "-".join(str(value) for value in (info.get("size"), *changes) if value is not None)
-        files.append(File(url, url, info.get("size") or 0, stamp))
+        files.append(File(url, url, info.get("size") or 0, stamp, name=url.removeprefix(base)))
     return files
 
 
@@ -136,7 +170,8 @@ def _hub(dataset: Dataset, download: bool) -> list[File]:
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
         card = {}
         if "README.md" in sizes:
-            card = _card(Path(fetch(repo, info.sha, "README.md")).read_text())
+            text = Path(fetch(repo, info.sha, "README.md")).read_text(encoding="utf-8", errors="replace")
+            card = _card(text)
         chosen = select(sorted(sizes), card, dataset, hub=True)
         if download:
             patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in chosen]
@@ -149,7 +184,7 @@ def _hub(dataset: Dataset, download: bool) -> list[File]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: cannot be fetched from {endpoint()}: {reason}; rerun to resume") from None
     stamp = f"hf://datasets/{repo}@{info.sha}"
-    return [File(name, f"{stamp}/{name}", sizes[name], stamp, (repo, info.sha)) for name in chosen]
+    return [File(name, f"{stamp}/{name}", sizes[name], stamp, (repo, info.sha), name) for name in chosen]
 
 
 def _card(text: str) -> dict[str, Any]:
@@ -172,7 +207,7 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
     data/train-00000-of-00002.parquet belongs to train. With neither word a directory is taken whole, a hub
     data set must have one split or `train`.
     """
-    data = [name for name in names if _is_data(name) and not name.startswith(".")]
+    data = [name for name in names if _is_data(name)]
     words = [word for word in (dataset.subset, dataset.split) if word]
     parts = [
         (config, split, [n for n in data if any(fnmatch(n, g) for g in globs)]) for config, split, globs in _parts(card)
@@ -204,6 +239,8 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
 def _parts(card: dict) -> Iterator[tuple[str, str, list[str]]]:
     """(config, split, globs) for each entry of a card's `configs`, in every notation the hub accepts."""
     for entry in card.get("configs") or []:
+        if not isinstance(entry, dict):
+            continue
         name, files = entry.get("config_name", "default"), entry.get("data_files")
         if isinstance(files, str):
             files = [files]
@@ -220,7 +257,8 @@ def _parts(card: dict) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _default(card: dict) -> str:
-    return next((c["config_name"] for c in card["configs"] if c.get("default")), "default")
+    entries = [entry for entry in card["configs"] if isinstance(entry, dict)]
+    return next((entry.get("config_name") for entry in entries if entry.get("default")), "default")
 
 
 def _ambiguous(dataset: Dataset, what: str, choices: set[str]):

@@ -11,16 +11,18 @@ never picks up stale tokens.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from nemotron_sft.data import reading
 from nemotron_sft.data.chat import RECORD_KEYS, ChatError, per_record
+from nemotron_sft.data.identity import conversation_digest
 from nemotron_sft.data.plan import Plan, Unit
 from nemotron_sft.data.spool import INDEX, Spool, SpoolWriter
 from nemotron_sft.data.tokens import tokenize
@@ -36,8 +38,7 @@ SUMS = ("records_read", "records_matched", "records_kept", "passes", "sequences"
 def run_unit(todo: Plan, unit: Unit) -> dict:
     """Tokenize one unit into its spool file, unless that exists, and return the unit's statistics.
 
-    Raises UserError, naming file and line, for a record that is not JSON, and for an unusable record if the
-    plan allows no drops.
+    Raises UserError, naming file and line, for an unusable record if the plan allows no drops.
     """
     path = todo.spool(unit)
     if path.exists():
@@ -67,8 +68,9 @@ class _Work:
 
     def __init__(self, todo: Plan, unit: Unit):
         self.todo, self.unit, self.dataset = todo, unit, todo.datasets[unit.dataset]
+        self.form, self.flags = todo.forms[unit.dataset], Counter()
         self.stats: dict[str, Any] = {
-            **dict.fromkeys(SUMS, 0), "dropped": {}, "lengths": [0] * (len(LENGTH_EDGES) - 1)
+            **dict.fromkeys(SUMS, 0), "dropped": {}, "flags": self.flags, "lengths": [0] * (len(LENGTH_EDGES) - 1)
         }  # fmt: skip
 
     def batches(self) -> Iterator[_Batch]:
@@ -81,22 +83,20 @@ class _Work:
             if not copies:
                 continue
             try:
-                messages = _parsed(record.get(todo.messages_field), "messages")
-                tools = _parsed(record.get(todo.tools_field), "tools")
-                sequences = todo.template.training_sequences(messages, tools, **per_record(record))
+                conversation, sequences = self.rendered(record)
             except ChatError as error:
-                self.drop(error.reason, origin, self.explained(error, record))
+                self.drop(error.reason, origin, str(error))
                 continue
-            text = "".join([text for spans in sequences for _, text in spans])
-            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            except RecursionError:
+                self.drop("nested too deep", origin)
+                continue
             stats["records_kept"] += 1
-            conversation = int.from_bytes(digest, "little")
             for spans in sequences:
                 batch.sequences.append(spans)
                 batch.conversations.append(conversation)
                 batch.copies.append(copies)
                 batch.origins.append(origin)
-            batch.characters += len(text)
+                batch.characters += sum([len(text) for _, text in spans])
             if batch.characters >= BATCH_CHARACTERS:
                 yield batch
                 batch = _Batch()
@@ -105,11 +105,19 @@ class _Work:
         if batch.sequences:
             yield batch
 
+    def rendered(self, record: dict) -> tuple[int, list]:
+        """A record's conversation as its hash, and its training sequences. Raises ChatError."""
+        messages, tools = self.form.conversation(record, self.flags)
+        options = per_record(record)
+        self.flags.update(options.keys())
+        sequences = self.todo.template.training_sequences(messages, tools, **options)
+        return conversation_digest(messages, tools), sequences
+
     def records(self) -> Iterator[tuple[tuple[int, int], dict]]:
         """((index of the piece, position), record) of every record that passes the filter."""
-        columns = [self.todo.messages_field, self.todo.tools_field, *RECORD_KEYS, *self.dataset.filter]
+        columns = [*self.form.columns, *RECORD_KEYS, *self.dataset.filter]
         for index, piece in enumerate(self.unit.pieces):
-            for position, record in reading.read(piece, columns):
+            for position, record in reading.read(piece, columns, partial(self.malformed, index)):
                 self.stats["records_read"] += 1
                 if not self.dataset.filter or self.dataset.keeps(record):
                     yield (index, position), record
@@ -119,24 +127,25 @@ class _Work:
         whole, part = divmod(self.dataset.weight, 1)
         if not part:
             return int(whole)
-        file = Path(self.unit.pieces[origin[0]].file.path).name
-        draw = f"{self.todo.seed} {self.dataset.name} {file} {origin[1]}"
+        file = self.unit.pieces[origin[0]].file
+        draw = f"{self.todo.seed} {self.dataset.name} {file.name} {origin[1]}"
         digest = hashlib.blake2b(draw.encode(), digest_size=8).digest()
         return int(whole) + (int.from_bytes(digest, "little") < part * 2**64)
 
+    def malformed(self, piece: int, position: int, reason: str, detail: str) -> None:
+        """Count and drop what is no record at all."""
+        self.stats["records_read"] += 1
+        self.stats["records_matched"] += 1
+        self.drop(reason, (piece, position), detail)
+
     def drop(self, reason: str, origin: tuple[int, int], detail: str = "") -> None:
         """Count a drop and remember the first of its kind. Raises UserError if the plan allows no drops."""
+        detail = printable(detail)
         if reason not in CHOSEN and not self.todo.drops_allowed:
             where = reading.locate(self.unit.pieces[origin[0]].file, origin[1])
-            raise UserError(f"{where}: {detail or reason}; mend it, or allow drops with max_drop_ratio=0.01")
+            raise UserError(f"{where}: {detail or reason}; fix it, or allow drops with max_drop_ratio=0.01")
         entry = self.stats["dropped"].setdefault(reason, {"count": 0, "first": origin, "detail": detail})
         entry["count"] += 1
-
-    def explained(self, error: ChatError, record: dict) -> str:
-        name = self.todo.messages_field
-        if name in record:
-            return str(error)
-        return f"no messages: the record has no {name} (messages_field), only {', '.join(record) or 'nothing'}"
 
     def write(self, batch: _Batch, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, spool: SpoolWriter) -> None:
         """Cut what is over-long, drop what has nothing to train on, and append the rest to the spool.
@@ -175,16 +184,10 @@ class _Work:
         stats["trained_tokens"] += int((copies * index["trained"]).sum())
 
 
-def _parsed(value: Any, what: str) -> Any:
-    """Messages or tools; some data sets store them as JSON text."""
-    import orjson
-
-    if isinstance(value, str) and value.strip():
-        try:
-            return orjson.loads(value)
-        except orjson.JSONDecodeError as error:
-            raise ChatError(f"bad {what}", f"text that is not JSON: {error}") from None
-    return value
+def printable(text: str, limit: int = 300) -> str:
+    """Text that data brings, as one line of at most `limit` characters that any terminal and file takes."""
+    line = " ".join(text[: limit + 1].split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def trusted(todo: Plan, pool: Executor | None = None, characters: int = 100_000) -> Plan:

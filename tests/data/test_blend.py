@@ -53,7 +53,7 @@ def test_weight_zero_leaves_a_data_set_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{not json: [", "neither JSON nor YAML"),
+        ("{not json: [", ":1: not JSON"),
         ({"data": []}, "no data sets"),
         ({"datasets": []}, "no data sets"),
         ({"datasets": ["x"]}, "expected name, path"),

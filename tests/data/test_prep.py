@@ -558,7 +558,7 @@ def test_broken_template(configured, tmp_path):
 
 
 def test_nothing_to_train_on(configured, tmp_path):
-    with pytest.raises(UserError, match="nothing to train on"):
+    with pytest.raises(UserError, match=r"data set d: none of 3 records matches its filter {'used_in': 'x'}"):
         prep.run(configured(jsonl(tmp_path / "a.jsonl", records(3)), filter={"used_in": "x"}))
 
 

@@ -247,7 +247,7 @@ def test_hub_errors(tmp_path):
         ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-20], "damaged .gz file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n{]\n", mtime=0), "a.jsonl.gz:2: not JSON"),
         ("a.jsonl.zst", b"junk", "damaged .zst file"),
-        ("a.parquet", b"junk", "not a Parquet file"),
+        ("a.parquet", b"junk", "not a whole Parquet file"),
         ("a.txt", b"", "not a data file"),
     ],
 )
