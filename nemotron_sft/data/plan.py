@@ -133,11 +133,13 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
 
 
 def _form(cfg: Prep, dataset: Dataset, files: list[File]) -> Form:
-    """The form of a dataset, from its first records."""
-    records = (
-        record for file in files for _, record in reading.read(reading.whole(file), None, bad=lambda *about: None)
-    )
-    return detect(dataset, islice(records, FIRST_RECORDS), cfg.messages_field, cfg.tools_field)
+    """The form of a dataset, from the first records of its first file that has any."""
+    firsts = (islice(_records(file), FIRST_RECORDS) for file in files)
+    return detect(dataset, next(filter(None, map(list, firsts)), []), cfg.messages_field, cfg.tools_field)
+
+
+def _records(file: File) -> Iterator[dict]:
+    return (record for _, record in reading.read(reading.whole(file), None, bad=lambda *about: None))
 
 
 def validate(cfg: Prep) -> None:
