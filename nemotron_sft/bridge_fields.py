@@ -25,7 +25,15 @@ SECTIONS = {
     "ddp": (("megatron.bridge.training.config", "DistributedDataParallelConfig"),),
     "logger": (("megatron.bridge.training.config", "LoggerConfig"),),
     "dist": (("megatron.bridge.training.config", "DistributedInitConfig"),),
+    "rng": (("megatron.training.config", "RNGConfig"),),
+    "mixed_precision": (("megatron.bridge.training.mixed_precision", "MixedPrecisionConfig"),),
+    "comm_overlap": (("megatron.bridge.training.comm_overlap", "CommOverlapConfig"),),
 }
+
+
+def installed() -> bool:
+    """Whether Megatron-Bridge is on this machine; a login node may lack it."""
+    return _file("megatron.bridge") is not None
 
 
 @functools.cache

@@ -2,18 +2,22 @@
 
 A schema is a dataclass whose fields have no defaults. A section whose schema derives from `Bridge` also takes
 every field of the Megatron-Bridge dataclass that it configures (see `bridge_fields`); those end up in its
-`bridge` dict, unconverted.
+`bridge` dict, unconverted, unless they are null: null leaves a field of Bridge's as the recipe sets it, and `none`
+sets it to None.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemotron_sft.bridge_fields import bridge_fields, installed
 from nemotron_sft.errors import UserError
 
 
@@ -45,7 +49,10 @@ def check[T](cfg: DictConfig, schema: type[T]) -> T:
     OmegaConf.resolve(cfg)
     plain = OmegaConf.to_container(cfg, throw_on_missing=False)
     plain.pop("hydra", None)
-    _fold_bridge_keys(plain, schema, "")
+    unchecked: list[str] = []
+    _fold_bridge_keys(plain, schema, "", unchecked)
+    if unchecked:
+        _say_unchecked(tuple(unchecked))
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), plain)
         return OmegaConf.to_object(typed)
@@ -54,26 +61,53 @@ def check[T](cfg: DictConfig, schema: type[T]) -> T:
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
 
 
-def _fold_bridge_keys(node: dict[str, Any], schema: type, path: str) -> None:
-    """Check every key of `node` against `schema`, moving Megatron-Bridge's own keys into the `bridge` dict."""
+def _fold_bridge_keys(node: dict[str, Any], schema: type, path: str, unchecked: list[str]) -> None:
+    """Check every key of `node` against `schema`, moving Megatron-Bridge's own keys into the `bridge` dict.
+
+    Where Bridge is not installed its keys cannot be checked: their names are added to `unchecked`.
+    """
     hints = get_type_hints(schema)
     passes_on = issubclass(schema, Bridge)
     own = [f.name for f in fields(schema) if f.name != "bridge"]
+    bridge: dict[str, Any] = {}
     for key in list(node):
         dotted = f"{path}{key}"
         if key in own:
             inner = _dataclass_in(hints[key])
             if inner and isinstance(node[key], dict):
-                _fold_bridge_keys(node[key], inner, f"{dotted}.")
+                _fold_bridge_keys(node[key], inner, f"{dotted}.", unchecked)
+            elif passes_on and is_none(node[key]) and type(None) in get_args(hints[key]):
+                if key in bridge_fields(path.rstrip(".")):  # of a key of our own null says the same
+                    bridge[key] = node[key]
+                node[key] = None
             continue
         if not passes_on:
             raise unknown_key(dotted, own)
-        from nemotron_sft.bridge_fields import bridge_fields
-
         known = bridge_fields(path.rstrip("."))
-        if key not in known:
+        if not installed():
+            unchecked.append(dotted)
+        elif key not in known:
             raise unknown_key(dotted, sorted({*own, *known}))
-        node.setdefault("bridge", {})[key] = node.pop(key)
+        value = node.pop(key)
+        if value is not None:
+            bridge[key] = value
+    if passes_on:
+        node["bridge"] = bridge
+
+
+def is_none(value: Any) -> bool:
+    """Whether a value is the word for None. null is another matter: it leaves a field as the recipe sets it."""
+    return isinstance(value, str) and value.lower() == "none"
+
+
+@functools.cache
+def _say_unchecked(keys: tuple[str, ...]) -> None:
+    """One line, once."""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    print(
+        f"Megatron-Bridge is not installed here: {', '.join(keys[:3])}{more} will be checked where the job runs",
+        file=sys.stderr,
+    )
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -242,6 +276,21 @@ class Dist(Bridge):
 
 
 @dataclass
+class Rng(Bridge):
+    pass
+
+
+@dataclass
+class MixedPrecision(Bridge):
+    pass
+
+
+@dataclass
+class CommOverlap(Bridge):
+    pass
+
+
+@dataclass
 class Peft(Bridge):
     """conf/peft: what is trained instead of all parameters."""
 
@@ -285,6 +334,9 @@ class TrainConfig:
     ddp: Ddp = MISSING
     logger: Logger = MISSING
     dist: Dist = MISSING
+    rng: Rng = MISSING
+    mixed_precision: MixedPrecision = MISSING
+    comm_overlap: CommOverlap = MISSING
     heldout: Heldout = MISSING
     export: Export = MISSING
     tracking: Tracking = MISSING

@@ -43,6 +43,16 @@ def recipe(name, *overrides, **kwargs):
     return run(sys.executable, f"recipes/{name}.py", *overrides, **kwargs)
 
 
+def composed(name, *overrides):
+    """The config of recipes/NAME.py with overrides as a user types them, composed in this process."""
+    from hydra import compose, initialize_config_dir
+
+    from nemotron_sft import app, paths
+
+    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
+        return compose(name, app.overrides(list(overrides), name))
+
+
 def losses(run_dir, key="loss"):
     """{step: value} of metrics.jsonl; empty if there is none yet."""
     path = run_dir / "metrics.jsonl"

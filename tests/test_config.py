@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, recipe, run
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, composed, recipe, run
 
 from nemotron_sft import app, config, paths
+from nemotron_sft import bridge_fields as bridge_fields_module
 from nemotron_sft.bridge_fields import SECTIONS, bridge_fields
 from nemotron_sft.errors import UserError
 
@@ -32,11 +32,6 @@ def options():
         for group in groups_of(name):
             for file in sorted((paths.CONF / group).glob("*.yaml")):
                 yield name, f"{group}={file.stem}"
-
-
-def composed(name, *overrides):
-    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
-        return compose(name, [app.open_key(override) for override in overrides])
 
 
 @pytest.mark.parametrize(("name", "option"), list(options()))
@@ -73,6 +68,31 @@ def test_bridge_keys_pass_without_being_listed():
     assert checked.train.bridge == {"manual_gc": True}
 
 
+@pytest.fixture
+def without_bridge(monkeypatch):
+    """As on a login node: no Megatron, no torch."""
+    for package in ("megatron", "torch"):
+        monkeypatch.setitem(sys.modules, package, None)
+    caches = (bridge_fields, bridge_fields_module._class_fields, bridge_fields_module._file, config._say_unchecked)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_without_bridge_its_keys_pass_with_one_line(without_bridge, capsys):
+    for _ in range(2):
+        checked = config.check(composed("train", "train.manual_gc=true", "model.anything=1"), config.TrainConfig)
+    assert checked.train.bridge == {"manual_gc": True} and checked.model.bridge["anything"] == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Megatron-Bridge is not installed here: ") and told.count("\n") == 1
+    with pytest.raises(UserError, match=r"unknown key data\.paht: did you mean data\.path\?"):  # our own are checked
+        config.check(composed("train", "data.paht=x"), config.TrainConfig)
+    config.check(composed("prep"), config.Prep)
+    assert not capsys.readouterr().err
+
+
 def test_bridge_fields_are_those_of_the_classes():
     known = {
         "model": "num_layers tensor_model_parallel_size hybrid_layer_pattern rotary_base",
@@ -85,6 +105,9 @@ def test_bridge_fields_are_those_of_the_classes():
         "ddp": "overlap_grad_reduce grad_reduce_in_fp32",
         "logger": "log_interval tensorboard_dir",
         "dist": "distributed_timeout_minutes",
+        "rng": "te_rng_tracker data_parallel_random_init",
+        "mixed_precision": "grad_reduce_in_fp32 fp8_recipe",
+        "comm_overlap": "tp_comm_overlap overlap_grad_reduce",
     }
     assert known.keys() == SECTIONS.keys()
     for section, names in known.items():

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import importlib
 import math
-from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
-from nemotron_sft.train import hf, tuning
+from nemotron_sft.train import hf, tuning, values
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.start import Machine
 from nemotron_sft.train.topology import check_topology
 
 # Sections whose keys are set on the field of the same name of the ConfigContainer.
-SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoint", "ddp", "logger", "dist")
+SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoint", "ddp", "logger", "dist", "rng")
 SPLITS = ("training", "validation", "test")
-# Keys of ours that are not a field of that Bridge dataclass; `build` derives what Bridge needs from them.
-OURS = {"name", "recipe", "provider", "hf", "epochs", "packs_per_microbatch", "load", "scheme", "bridge"}
 
 
 def build(config: TrainConfig, metadata: dict | None, data_dir: Path | None, run_dir: Path, machine: Machine):
@@ -37,7 +33,6 @@ def build(config: TrainConfig, metadata: dict | None, data_dir: Path | None, run
     _length(container, config, packs, replicas)
     _schedule(container, config)
     _dataset(container, config, data_dir, packs, machine)
-    container.rng.seed = config.seed
     _checkpoints(container, config, run_dir)
     if metadata and is_hf(container.checkpoint.pretrained_checkpoint):
         hf.load_config(config.init_from)  # Bridge converts while it loads
@@ -54,12 +49,31 @@ def _settings(container, config: TrainConfig, machine: Machine) -> None:
     if not machine.on_cpu:
         tuning.tune(container, machine.world_size)
     for section in SECTIONS:
-        _apply(getattr(config, section), getattr(container, section), section)
+        values.apply(getattr(config, section), getattr(container, section), section)
+    _precision_and_overlap(container, config)
     if not machine.on_cpu and "bias_activation_fusion" not in config.model.bridge:
         tuning.fuse_activation(container.model)
     if getattr(container.model, "hybrid_layer_pattern", None):
         container.model.is_hybrid_model = True  # a bare HybridModelProvider does not say so, and Bridge's step asks
     container.peft = _peft(config)
+
+
+def _precision_and_overlap(container, config: TrainConfig) -> None:
+    """The two sections that Bridge may keep as a name, or not have at all."""
+    if "seed" in config.rng.bridge:
+        raise UserError("rng.seed: set seed, which the order of the data follows as well")
+    container.rng.seed = config.seed
+    if values.given(config.mixed_precision):
+        from megatron.bridge.training.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config
+
+        name = container.mixed_precision
+        container.mixed_precision = get_mixed_precision_config(name) if name else MixedPrecisionConfig()
+        values.apply(config.mixed_precision, container.mixed_precision, "mixed_precision")
+    if values.given(config.comm_overlap):
+        from megatron.bridge.training.comm_overlap import CommOverlapConfig
+
+        container.comm_overlap = container.comm_overlap or CommOverlapConfig(tp_comm_overlap=False)
+        values.apply(config.comm_overlap, container.comm_overlap, "comm_overlap")
 
 
 def _data_shape(model, config: TrainConfig, metadata: dict | None, data_dir: Path | None) -> dict[str, int]:
@@ -238,36 +252,6 @@ def _provider(config: TrainConfig):
     return known[config.model.provider](**{key: given[key] for key in first if key in given})
 
 
-def _apply(section: Any, target: Any, name: str) -> None:
-    """Set every key of a config section that is not null on the Bridge dataclass it configures."""
-    values = {key: value for key, value in vars(section).items() if key not in OURS and value is not None}
-    values |= getattr(section, "bridge", {})
-    hints = get_type_hints(type(target))
-    for key, value in values.items():
-        if not hasattr(target, key):
-            raise UserError(f"{name}.{key} is not a field of {type(target).__name__}: remove it")
-        setattr(target, key, _convert(value, hints.get(key, Any), f"{name}.{key}"))
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the annotated type: enum members by name, ints as floats, and an error for a plain mismatch."""
-    if get_origin(hint) in (list, dict, tuple):
-        return value
-    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
-    for kind in kinds:
-        if issubclass(kind, Enum) and isinstance(value, str):
-            if value not in kind.__members__:
-                raise UserError(f"{path}={value}: choose one of {', '.join(kind.__members__)}")
-            return kind[value]
-    if float in kinds and type(value) is int and int not in kinds:
-        return float(value)
-    scalars = [kind for kind in kinds if kind in (bool, int, float, str)]
-    only_scalars = scalars and len(scalars) == len([k for k in kinds if k is not type(None)])
-    if only_scalars and value is not None and type(value) not in scalars:
-        raise UserError(f"{path}={value!r} should be of type {' or '.join(k.__name__ for k in scalars)}")
-    return value
-
-
 def _peft(config: TrainConfig):
     """Bridge's LoRA, or None."""
     if config.peft.scheme is None:
@@ -279,7 +263,7 @@ def _peft(config: TrainConfig):
     from megatron.bridge.peft.lora import LoRA
 
     peft = LoRA()
-    _apply(config.peft, peft, "peft")
+    values.apply(config.peft, peft, "peft")
     return peft
 
 

@@ -9,21 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, recipe, run
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, composed, recipe, run
 
-from nemotron_sft import app, config, paths
+from nemotron_sft import config
 from nemotron_sft.data import packed, prep, units
 from nemotron_sft.data import plan as plans
 from nemotron_sft.errors import UserError
 from nemotron_sft.slurm import node, script, submit
 
 GOLDEN = ROOT / "tests/vectors/slurm"
-
-
-def composed(name, *overrides):
-    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
-        return compose(name, [app.open_key(override) for override in overrides])
 
 
 # --- scripts -----------------------------------------------------------------------------------------------
@@ -136,16 +130,20 @@ def test_refused_with_one_line(arguments, message):
 
 
 @pytest.mark.parametrize("name", ["train", "prep"])
-def test_a_submission_imports_nothing_heavy(name, tmp_path):
-    """With an sbatch that says yes to everything."""
+def test_a_submission_needs_neither_torch_nor_megatron(name, tmp_path):
+    """From a login node without them, with an sbatch that says yes to everything."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules.update(torch=None, megatron=None)")
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 4711\n")
     sbatch.chmod(0o755)
     options = ["-m", "cluster=slurm", "cluster.wait=false", f"cluster.folder={tmp_path}/jobs"]
-    options += ["data=/nowhere", "optimizer.lr=1e-5"] if name == "train" else []
+    options += ["data=/nowhere", "optimizer.lr=1e-5", "train.manual_gc=true"] if name == "train" else []
     command = [sys.executable, "-X", "importtime", f"recipes/{name}.py", *options]
-    done = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = run(*command, **here)
     assert done.returncode == 0 and "Submitted job 4711" in done.stdout, done.stderr
+    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(told) == (1 if name == "train" else 0) and all("Megatron-Bridge is not installed" in t for t in told)
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "submitit" in imported
     assert not imported & {"torch", "megatron", "transformers", "wandb", "pyarrow", "numba"}
