@@ -18,7 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from train_gpu import PACK, ROOT, STEP_PACKS, make_data
+from common import ROOT
+from common.packs import make_data
+from dense import PACK, STEP_PACKS, VOCABULARY
 
 
 def start(out: Path, name: str, gpus: int, steps: int, **env: str) -> subprocess.Popen:
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     out = args.out.resolve()
-    make_data(out / "data", 1024)
+    make_data(out / "data", 1024, PACK, VOCABULARY)
     alone = [
         start(out, f"gpu-{number}", 1, args.steps, CUDA_VISIBLE_DEVICES=str(number)) for number in range(args.gpus)
     ]

@@ -9,9 +9,10 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -45,6 +46,12 @@ class Run:
     created: bool  # whether this process created the directory
 
 
+class Observer(Protocol):
+    """What watches Bridge's loop: it registers callbacks with Bridge's CallbackManager."""
+
+    def register(self, manager: Any) -> None: ...
+
+
 @dataclass
 class Observed:
     """What was seen of a finished training loop."""
@@ -54,7 +61,12 @@ class Observed:
     imported: float  # seconds from the start of the process until Megatron was imported
 
 
-def train(config: TrainConfig, composed: DictConfig) -> None:
+def train(
+    config: TrainConfig,
+    composed: DictConfig,
+    forward_step: ForwardStep | None = None,
+    observers: Sequence[Observer] = (),
+) -> None:
     """Fine-tune as configured. Leaves a self-contained run directory:
 
     <run_dir>/
@@ -64,7 +76,8 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         megatron.yaml    Bridge's full config      logs/         Megatron's own output, one file per rank
         lineage.json     where all of it is from   wandb/        Weights & Biases' own files
 
-    Raises UserError for what the user can fix.
+    forward_step and observers take part in Bridge's loop: a benchmark's, say. Raises UserError for what the user can
+    fix.
     """
     if config.preflight:
         return plan(config)
@@ -75,7 +88,8 @@ def train(config: TrainConfig, composed: DictConfig) -> None:
         container = configure(run)
         if not container.train.train_iters:
             return convert(run, container, terminal)
-        conclude(run, fit(run, container, terminal), terminal)
+        observed = fit(run, container, terminal, forward_step or ForwardStep(), observers)
+        conclude(run, observed, terminal)
 
 
 def join_processes() -> Machine:
@@ -153,7 +167,9 @@ def convert(run: Run, container: Any, terminal: TextIO) -> None:
     export_if_asked(run, terminal)
 
 
-def fit(run: Run, container: Any, terminal: TextIO) -> Observed:
+def fit(
+    run: Run, container: Any, terminal: TextIO, forward_step: ForwardStep, observers: Sequence[Observer]
+) -> Observed:
     """Bridge's training loop, with our forward step, observers and records."""
     import torch
     from megatron.bridge.training.callbacks import CallbackManager
@@ -166,10 +182,10 @@ def fit(run: Run, container: Any, terminal: TextIO) -> Observed:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(machine.backend, store=store, rank=0, world_size=1)
     callbacks = CallbackManager()
-    forward_step = ForwardStep()
     progress = Progress(run.metadata, run.directory, terminal, STARTED, rank, forward_step)
     heldout = Heldout(config, run.metadata, run.directory, rank)
-    for observer in (heldout, progress):  # in this order: answering before training is no part of step 1
+    # In this order: answering before training is no part of step 1, and Progress resets what others may look at.
+    for observer in (heldout, *observers, progress):
         observer.register(callbacks)
     loop = pretrain if config.init_from == "random" and not config.checkpoint.load else finetune
     record = tracked.Training(config, run.composed, run.metadata, run.data_dir, run.directory, rank, terminal)
