@@ -11,6 +11,7 @@ ends the run before the last artifacts are in it, and logs checkpoints under ano
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import shutil
@@ -72,7 +73,7 @@ class Tracker:
 
     def start(self) -> None:
         if self.cfg.mode != "disabled" and not self._thread:
-            self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+            self._thread = threading.Thread(target=self._attempt, args=(self._work,), name="tracking", daemon=True)
             self._thread.start()
 
     def log(self, values: dict, step: int | None = None) -> None:
@@ -103,30 +104,31 @@ class Tracker:
         if self.cfg.mode != "disabled":  # nobody would ever take it
             self._tasks.put(task)
 
-    def _work(self) -> None:
+    def _attempt(self, task: Callable[[], Any]) -> None:
+        """Do something in a thread of ours. Whatever goes wrong is one line, and never a traceback on the terminal.
+
+        Not only Exceptions: on a full disk W&B cancels what it waits for, which asyncio does not count among them.
+        """
         try:
-            self.run = self._open()
-        except Exception as error:
-            self._warn(first_line(error))
-            return
-        while task := self._tasks.get():
-            try:
-                task()
-            except Exception as error:
+            task()
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # of a terminal that is closed already
                 self._warn(first_line(error))
-        try:
-            lineage.write(self.run.dir, self.record)
-            self.run.save(str(Path(self.run.dir, lineage.FILE)), base_path=self.run.dir, policy="now")
-            self.run.finish(self.status)
-        except Exception as error:
-            self._warn(first_line(error))
+
+    def _work(self) -> None:
+        self.run = self._open()
+        while task := self._tasks.get():
+            self._attempt(task)
+        lineage.write(self.run.dir, self.record)
+        self.run.save(str(Path(self.run.dir, lineage.FILE)), base_path=self.run.dir, policy="now")
+        self.run.finish(self.status)
 
     def _open(self):
         _quiet_wandb(self.cfg)
         if self.cfg.mode == "wandb":
             try:
                 return self._init("online")
-            except Exception as error:
+            except BaseException as error:
                 reason = first_line(error)
             run = self._init("offline")
             self._warn(reason)
@@ -164,10 +166,7 @@ class Tracker:
 
         def use() -> None:
             for entry in self.record["inputs"]:
-                try:
-                    self.run.use_artifact(self._artifact(entry))
-                except Exception as error:
-                    self._warn(first_line(error))
+                self._attempt(lambda entry=entry: self.run.use_artifact(self._artifact(entry)))
 
         threading.Thread(target=use, name="tracking-inputs", daemon=True).start()
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemotron_sft.console import visible
-from nemotron_sft.errors import UserError
+from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.paths import TYPED
 
 
@@ -68,7 +68,10 @@ def listen(job: str, rank: int) -> None:
     def wait() -> None:
         signal.sigwait({signal.SIGUSR2})
         if rank == 0:
-            Path(f"{job}_stop").touch()
+            try:
+                Path(f"{job}_stop").touch()
+            except OSError as error:
+                print(f"this job will not be queued again: {job}_stop: {first_line(error)}", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -152,8 +152,9 @@ class Training:
         """Nothing that goes wrong in keeping records may end a training run."""
         try:
             return function(*arguments)
-        except Exception as error:
-            self.say(f"lineage: {first_line(error)}")
+        except BaseException as error:  # in a thread: there is nobody to pass it on to
+            with contextlib.suppress(Exception):
+                self.say(f"lineage: {first_line(error)}")
             return None
 
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SMALL, recipe
@@ -257,6 +258,43 @@ def test_wandb_is_not_imported_beside_bridge_setting_up(tmp_path):
     assert any(thread.name == "tracking" for thread in threading.enumerate())
     tracker.close(0)
     assert offline_run(tmp_path)[3] == 1
+
+
+class Cancelled(BaseException):
+    """As asyncio's: no Exception."""
+
+
+def failing(*_, **__):
+    raise Cancelled("no space left")
+
+
+@pytest.mark.parametrize("broken", ["open", "online", "log", "finish", "terminal"])
+def test_whatever_a_tracking_thread_throws_is_one_line(broken, tmp_path, monkeypatch):
+    """Never a traceback, not even when the terminal is closed before the thread has ended."""
+    escaped, told = [], []
+    monkeypatch.setattr(threading, "excepthook", lambda args: escaped.append(args.exc_value))
+    parts = {name: failing if name == broken else lambda *_, **__: None for name in ("log", "save", "finish")}
+    run = SimpleNamespace(dir=str(tmp_path), offline=False, use_artifact=failing, **parts)
+    terminal = (tmp_path / "terminal").open("w")
+    terminal.close()
+    say = terminal.write if broken == "terminal" else told.append
+    tracker = Tracker(settings("wandb" if broken == "online" else "offline"),
+                      {"inputs": [{"path": "x"}], "tracking": None}, tmp_path, [], say)  # fmt: skip
+    if broken == "online":
+        monkeypatch.setattr(tracker, "_init", lambda mode: run if mode == "offline" else failing())
+    else:
+        monkeypatch.setattr(tracker, "_open", failing if broken == "open" else lambda: run)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.log({"loss": 2.0}, 2)
+    if broken not in ("log", "finish"):
+        monkeypatch.setattr(tracker, "_artifact", lambda entry: None)
+        tracker._do(tracker._use_inputs)  # in a thread of its own
+    tracker.close(0)
+    for thread in threading.enumerate():
+        if thread.name.startswith("tracking"):
+            thread.join(10)
+    assert not escaped and len(told) == (broken != "terminal")
+    assert all("no space left; nothing is lost" in line for line in told)
 
 
 def test_a_run_that_is_not_tracked_keeps_nothing(tmp_path):
