@@ -205,7 +205,8 @@ def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, se
         def build_datasets(self, context):
             endless = evaluated * 1_000_000  # validation never runs out of samples, whenever it is asked for
             split = {
-                "training": (context.train_samples, None),
+                # One more than is trained on: Megatron's sampler refuses a finished run, which only evaluates again.
+                "training": (context.train_samples + 1, None),
                 "validation": (endless, evaluated),
                 "test": (endless, evaluated),
             }

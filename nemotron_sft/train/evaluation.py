@@ -13,6 +13,7 @@ import numpy as np
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.data.opened import open_template, open_tokenizer
 from nemotron_sft.errors import UserError
+from nemotron_sft.files import write_json
 from nemotron_sft.train.checkpoints import newest_iteration, trained_model
 
 
@@ -115,8 +116,10 @@ class Heldout:
         self.answers: dict[str, list[str]] = {}
         if self.file.exists():  # resumed: the score from before the first start is the one to compare with
             saved = json.loads(self.file.read_text())
-            self.scores["before"] = saved["exact_match"]["before"]
-            self.answers["before"] = [row["before"] for row in saved["prompts"]]
+            asked = self.prompts and [record["messages"][-1]["content"] for record in self.prompts.records]
+            if asked == [row["question"] for row in saved["prompts"]]:  # not other prompts than then
+                self.scores["before"] = saved["exact_match"]["before"]
+                self.answers["before"] = [row["before"] for row in saved["prompts"]]
 
     def register(self, manager) -> None:
         manager.register("on_train_start", self.on_train_start)
@@ -141,6 +144,4 @@ class Heldout:
                 | {when: self.answers[when][i] for when in self.answers}
                 for i, record in enumerate(self.prompts.records)
             ]
-            self.file.write_text(
-                json.dumps({"exact_match": self.scores, "prompts": rows}, indent=1, ensure_ascii=False)
-            )
+            write_json(self.file, {"exact_match": self.scores, "prompts": rows})

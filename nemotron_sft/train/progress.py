@@ -7,8 +7,10 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import TextIO
 
 from nemotron_sft.errors import UserError
+from nemotron_sft.files import AtomicFile
 from nemotron_sft.train.start import this_machine
 
 # Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets. The first name found in the device's counts.
@@ -62,7 +64,24 @@ class Progress:
         self.tokens_per_step = self.tokens_per_pack * state.cfg.train.global_batch_size
         self.since = self.begin
         self._start_interval(state)
-        self._metrics = (self.run_dir / "metrics.jsonl").open("a") if self.rank == 0 else None
+        self._metrics = self._continued() if self.rank == 0 else None
+
+    def _continued(self) -> TextIO:
+        """metrics.jsonl, open behind the line of the step that training goes on from.
+
+        A run that was killed leaves lines of later steps, which will be trained again, and perhaps half a line.
+        """
+        path = self.run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= self.begin]
+        for line in kept:
+            for name, found in (("loss", self.losses), ("validation_loss", self.validation)):
+                if name in line:
+                    found.append((line["step"], line[name]))
+            if "test_loss" in line and line["step"] == self.total:
+                self.test = line["test_loss"]
+        with AtomicFile(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+        return path.open("a")
 
     def on_train_step_end(self, context) -> None:
         step = context.state.train_state.step + 1  # Bridge counts after this callback
@@ -134,7 +153,7 @@ class Progress:
     def on_eval_end(self, context) -> None:
         step, loss = context.state.train_state.step, from_last_stage(context.total_loss_dict)
         if self.validation and self.validation[-1][0] == step:
-            return  # Bridge validates once more after the last step
+            return  # Bridge validates once more after the last step; so does a finished run, started again
         self.validation.append((step, loss))
         self._write(context.state, step=step, validation_loss=loss)
         self._line(f"      step {step}  validation loss {loss:.4f}", done=True)
@@ -142,6 +161,8 @@ class Progress:
         self.since = step
 
     def on_test_end(self, context) -> None:
+        if self.test is not None:
+            return  # a finished run, started again
         self.test = from_last_stage(context.total_loss_dict)
         self._write(context.state, step=context.state.train_state.step, test_loss=self.test)
 
@@ -164,6 +185,14 @@ class Progress:
         elif done or time.monotonic() - self._printed >= 5:
             self._printed = time.monotonic()
             print(text, file=self.terminal, flush=True)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, none if there is no such file; half a line at its end is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def from_last_stage(losses: dict | None) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from nemotron_sft.console import visible
 from nemotron_sft.train.evaluation import Heldout
+from nemotron_sft.train.progress import read_metrics
 
 
 def summarise(progress, scores: Heldout, run_dir: Path, imported: float, terminal) -> None:
@@ -23,7 +23,7 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
     def row(name, value):
         table.add_row(name, value)
 
-    row("steps", f"{progress.losses[-1][0]:,}" if progress.losses else "0 new")
+    row("steps", f"{progress.losses[-1][0]:,}" if progress.losses else "none logged")
     if progress.losses:
         row("training loss", f"{progress.losses[0][1]:.4f} -> {progress.losses[-1][1]:.4f}")
     if progress.validation:
@@ -59,7 +59,7 @@ def draw(run_dir: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run_dir / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
         points = [(line["step"], line[key]) for line in lines if key in line]

@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.data.packed import check_data, find_data
 from nemotron_sft.errors import UserError
+from nemotron_sft.files import AtomicFile
 from nemotron_sft.paths import STARTED, TYPED
 from nemotron_sft.record import wandb
-from nemotron_sft.train import checkpoints, estimate, export, tracked
+from nemotron_sft.train import checkpoints, estimate, export, resume, tracked
 from nemotron_sft.train.checkpoints import starting_point
 from nemotron_sft.train.compat.cpu import adapt
 from nemotron_sft.train.container import build, resume_from
@@ -86,6 +87,7 @@ def train(
     with log_to_file(run.directory / "logs" / f"rank{run.machine.rank}.log") as terminal:
         start_bridge()
         container = configure(run)
+        write_down(run)
         if not container.train.train_iters:
             return convert(run, container, terminal)
         observed = fit(run, container, terminal, forward_step or ForwardStep(), observers)
@@ -105,7 +107,7 @@ def join_processes() -> Machine:
 
 
 def settle(config: TrainConfig, composed: DictConfig, machine: Machine) -> Run:
-    """Find data, weights and run directory, alike on every rank; rank 0 writes down what was asked for."""
+    """Find data, weights and run directory, alike on every rank; rank 0 makes the directory."""
     rank = machine.rank
     tracked.resolve_names(config, rank, machine.world_size)
     data_dir = find_data(config.data.path, config.output_dir)
@@ -116,7 +118,11 @@ def settle(config: TrainConfig, composed: DictConfig, machine: Machine) -> Run:
         config.init_from = starting_point(config.init_from) or "random"
     run = Run(config, composed, machine, data_dir, metadata, run_dir, created=rank == 0 and not run_dir.exists())
     if rank == 0:
-        write_directory(run)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run directory {run_dir} ({error.strerror}): set run_dir") from None
+        print(f"data {data_dir}  run directory {run_dir}", flush=True)
     return run
 
 
@@ -135,15 +141,12 @@ def agree_on_run_dir(config: TrainConfig, machine: Machine) -> Path:
     return Path(name)
 
 
-def write_directory(run: Run) -> None:
-    """Create the run directory, with the config and the command in it. Raises UserError where it cannot be."""
-    try:
-        run.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the run directory {run.directory} ({error.strerror}): set run_dir") from None
-    OmegaConf.save(run.composed, run.directory / "config.yaml", resolve=True)
-    (run.directory / "command.txt").write_text(shlex.join([sys.executable, *TYPED]) + "\n")
-    print(f"data {run.data_dir}  run directory {run.directory}", flush=True)
+def write_down(run: Run) -> None:
+    """Leave what was asked for in the run directory, once it is known that it can be done."""
+    if run.machine.rank == 0:
+        with AtomicFile(run.directory / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(run.composed, resolve=True).encode())
+        (run.directory / "command.txt").write_text(shlex.join([sys.executable, *TYPED]) + "\n")
 
 
 def configure(run: Run) -> Any:
@@ -152,6 +155,7 @@ def configure(run: Run) -> Any:
         container = build(run.config, run.metadata, run.data_dir, run.directory, run.machine)
         if run.machine.on_cpu:
             adapt(container)
+        resume.check(container, run.directory, run.data_dir, run.metadata)
     except UserError:
         if run.created:
             shutil.rmtree(run.directory, ignore_errors=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,24 @@ def test_stop_and_resume_equals_a_straight_run(tiny_data, straight, tmp_path):
     assert max(losses(tmp_path / "run")) == 20
     train(tiny_data, tmp_path / "run", *options)
     assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), abs=1e-5)
+
+
+def test_a_finished_run_finishes_what_is_missing_and_goes_on_if_asked(tiny_data, straight, tmp_path):
+    """As after a kill between the last save and the summary."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run/metrics.jsonl").write_text("".join(line for line in lines if "test_loss" not in line) + '{"ste')
+    for name in ("loss.png", "lineage.json"):
+        (tmp_path / "run" / name).unlink()
+    shown = train(tiny_data, tmp_path / "run", "train.train_iters=40", "validation.eval_interval=20", "export.hf=true")
+    assert "training loss" in shown.stdout and (tmp_path / "run/loss.png").exists()
+    assert (tmp_path / "run/hf/config.json").exists()
+    for key in ("loss", "validation_loss", "test_loss"):
+        assert losses(tmp_path / "run", key) == losses(straight[0], key)
+    record = json.loads((tmp_path / "run/lineage.json").read_text())
+    assert "iter-40" in record["outputs"][-1]["aliases"]
+    train(tiny_data, tmp_path / "run", "train.train_iters=42")
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 43))
 
 
 def test_two_processes_agree_with_one(tiny_data, straight, tmp_path):
