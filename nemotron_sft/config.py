@@ -165,8 +165,11 @@ class Template:
     mask: str = MISSING
     history: str = MISSING
     train_generation_prompt: bool = MISSING
-    thinking: bool = MISSING
+    empty_answers: str = MISSING
+    thinking: bool | None = MISSING
+    kwargs: dict[str, Any] | None = MISSING
     special_tokens: dict[str, str] | None = MISSING
+    reasoning_field: str | None = MISSING
 
 
 @dataclass

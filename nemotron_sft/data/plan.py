@@ -15,7 +15,7 @@ from typing import Any
 from nemotron_sft.config import Prep
 from nemotron_sft.data import reading, sources
 from nemotron_sft.data.blend import Dataset, load_blend
-from nemotron_sft.data.chat import Template, load_template
+from nemotron_sft.data.chat import BUILT_IN, Template, load_template
 from nemotron_sft.data.forms import Form, detect
 from nemotron_sft.data.reading import File, Piece
 from nemotron_sft.data.tokens import Tokenizer, load_tokenizer
@@ -99,6 +99,7 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
     name, datasets, found = inputs.name, inputs.datasets, inputs.files
     tokenizer = load_tokenizer(tokenizer_path(cfg), pool=pool)
     template = load_template(**template_options(cfg, tokenizer))
+    _belong_together(template, tokenizer)
     unit_bytes = max(UNIT_BYTES, inputs.bytes // MAX_UNITS)
     shaping = [1, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.sample, cfg.seed,
                cfg.max_drop_ratio > 0]  # fmt: skip
@@ -162,11 +163,30 @@ def validate(cfg: Prep) -> None:
 
 
 def template_options(cfg: Prep, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A user's template may print the tokenizer's own tokens (bos_token, ...); nano3 does not."""
+    """The arguments of load_template. A Jinja template may print the tokenizer's own tokens (bos_token, ...).
+
+    Raises UserError if the tokenizer's own template is wanted and it has none.
+    """
     options = asdict(cfg.template)
-    if options["special_tokens"] is None and options["name"] != "nano3":
+    if options["name"] in BUILT_IN:
+        return options
+    if options["name"] == "tokenizer":
+        if tokenizer.chat_template is None:
+            raise UserError(f"template=tokenizer: {tokenizer.name} has no chat template: name one with template=")
+        options["source"] = tokenizer.chat_template
+    if options["special_tokens"] is None:
         options["special_tokens"] = tokenizer.special_tokens
     return options
+
+
+def _belong_together(template: Template, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the template writes special tokens that the tokenizer does not have."""
+    if missing := tokenizer.missing(template.written_tokens()):
+        raise UserError(
+            f"template {template.name} writes {', '.join(missing)}, which {tokenizer.name} does not have as one token, "
+            "so that a model could not learn where a turn ends: take a tokenizer that has them, or another template "
+            "(template=tokenizer takes the tokenizer's own)"
+        )
 
 
 def _grouped(pieces: list[Piece], unit_bytes: int) -> Iterator[list[Piece]]:

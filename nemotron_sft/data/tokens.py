@@ -20,16 +20,18 @@ import re
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import orjson
 
+from nemotron_sft.data import spaces
+from nemotron_sft.data.spaces import without_prefix
 from nemotron_sft.errors import UserError
 
 BACKENDS = ("auto", "fastokens", "tokenizers")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # The end of a turn or text where a bare tokenizer.json does not say which it is.
 _USUAL_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
 
@@ -42,6 +44,7 @@ class Tokenizer:
     backend: "fastokens" or "tokenizers".
     vocab_size: the largest id + 1. special_tokens: {"eos_token": "<|im_end|>", ...}, for chat templates.
     digest: sha256 (hex) of the contents of tokenizer.json (not its layout) and the ids of eos and pad.
+    space: where it puts a space before a text, "" for nowhere; see spaces.without_prefix.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Tokenizer:
     pad_id: int
     special_tokens: dict[str, str] = field(repr=False)
     digest: str = field(repr=False)
+    space: str = ""
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets): int32 (tokens,) of all texts in a row, and int64 (texts + 1,); text i is
@@ -65,15 +69,42 @@ class Tokenizer:
         try:
             return encode(encoder, texts)
         except (UnicodeEncodeError, TypeError):  # fastokens raises the one, tokenizers the other
-            return encode(
-                encoder,
-                [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts],
-            )
+            return encode(encoder, list(map(_valid, texts)))
+
+    def encode_spans(self, sequences: list[list[tuple[str, str]]]) -> tuple[np.ndarray, np.ndarray]:
+        """encode_batch for the spans of sequences, by a tokenizer that puts a space before a text."""
+        added = [token.content for token in self._reference.get_added_tokens_decoder().values()]
+        bare = spaces.opened(self.file, self.file.stat().st_mtime_ns)
+        return spaces.encode_spans(
+            [[(role, _valid(text)) for role, text in spans] for spans in sequences],
+            self.space,
+            added,
+            partial(_encode_reference, self._reference),
+            partial(_encode_reference, bare),
+        )
 
     @cached_property
     def added_ids(self) -> np.ndarray:
         """Ids of the added tokens, special ones among them: int64 (n,)."""
         return np.array(list(self._reference.get_added_tokens_decoder()), np.int64)
+
+    def missing(self, tokens: list[str]) -> list[str]:
+        """Those of the tokens that are not one token of this tokenizer, as special tokens have to be."""
+        vocabulary = self._reference.get_vocab(with_added_tokens=True)
+        return [token for token in tokens if token not in vocabulary]
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template that came with the tokenizer: chat_template.jinja, or a key of tokenizer_config.json."""
+        folder = self.file.parent
+        with suppress(FileNotFoundError):
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8-sig")
+        with suppress(FileNotFoundError):
+            found = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+            if isinstance(found, list):  # several by name
+                found = {each["name"]: each["template"] for each in found}.get("default")
+            return found.removeprefix("\ufeff") if isinstance(found, str) else None
+        return None
 
     def decode(self, ids) -> str:
         """The text of token ids, special tokens included."""
@@ -127,8 +158,11 @@ def load_tokenizer(
         raise UserError(f"{file}: no end-of-text token: name eos_token in tokenizer_config.json beside it")
     eos = vocabulary[named["eos_token"]]
     pad = vocabulary[named.get("pad_token", named["eos_token"])]
+    space = ""
     if _decode(reference, ["x", "y"]) != "xy":
-        raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
+        if not (found := without_prefix(content)):
+            raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
+        backend, space = "tokenizers", found[1]
     if backend != "tokenizers":
         difference = _difference(file, reference, pool)
         if difference and backend == "fastokens":
@@ -145,6 +179,7 @@ def load_tokenizer(
         pad_id=pad,
         special_tokens=named,
         digest=_digest(content, eos, pad),
+        space=space,
     )
 
 
@@ -154,7 +189,10 @@ def tokenize(tokenizer: Tokenizer, sequences: list[list[tuple[str, str]]]) -> tu
     Returns ids int32 (tokens,), mask uint8 (tokens,), 1 on the tokens of spans of role "assistant", and
     offsets int64 (sequences + 1,): sequence i is ids[offsets[i]:offsets[i + 1]].
     """
-    ids, bounds = tokenizer.encode_batch([text for spans in sequences for _, text in spans])
+    if tokenizer.space:
+        ids, bounds = tokenizer.encode_spans(sequences)
+    else:
+        ids, bounds = tokenizer.encode_batch([text for spans in sequences for _, text in spans])
     trained = np.array([role == "assistant" for spans in sequences for role, _ in spans], dtype=np.uint8)
     first_span = np.cumsum([0, *map(len, sequences)])
     return ids, np.repeat(trained, np.diff(bounds)), bounds[first_span]
@@ -260,6 +298,11 @@ def _opened_fastokens(file: Path, changed: int):
     fast.no_truncation()
     fast.no_padding()
     return fast
+
+
+def _valid(text: str) -> str:
+    """The text with U+FFFD for lone surrogates."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _encode_reference(reference, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ def test_a_template_is_opened_with_its_options_and_special_tokens(tmp_path):
     with pytest.raises(UserError, match=r"own\.jinja has changed since the data was made"):
         open_template(metadata)
     file.unlink()
-    with pytest.raises(UserError, match="neither nano3 nor a readable Jinja file"):
+    with pytest.raises(UserError, match="nor a readable Jinja file"):
         open_template(metadata)
 
 

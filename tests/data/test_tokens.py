@@ -272,10 +272,95 @@ def test_errors_are_one_line(tmp_path, folder):
         assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_that_prefixes_a_space_is_refused(tmp_path):
-    """Encoding spans one by one would put a space into every span."""
-    reference = byte_level()
-    reference.normalizer = normalizers.Prepend(" ")
-    save(tmp_path, reference, eos_token="<|im_end|>")
+# --- tokenizers that put a space before a text --------------------------------------------------------------
+
+
+def llama2(kind: str) -> Reference:
+    """A small SentencePiece BPE with byte fallback, as Llama 2's and Mistral's: a space before every text."""
+    specials = ["<unk>", "<s>", "</s>"]
+    vocab = {token: i for i, token in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("a", "b"), ("\u2581", "["), ("\u2581", "\u2581"), ("\u2581a", "b")]
+    for token in (*"\u2581ab[]INST/x", *map("".join, merges)):
+        vocab.setdefault(token, len(vocab))
+    reference = Reference(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if kind == "prepend":
+        reference.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    elif kind != "unknown":
+        reference.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    else:
+        steps = [normalizers.Replace(Regex("^"), "\u2581"), normalizers.Replace(" ", "\u2581")]
+        reference.normalizer = normalizers.Sequence(steps)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    reference.decoder = decoders.Sequence(steps)
+    reference.add_special_tokens(specials)
+    return reference
+
+
+pieces = st.lists(
+    st.sampled_from(["a", "b", "ab", " ", "\n", "[INST] ", " [/INST]", "x", "<s>", "</s>", "\u6570"]), max_size=6
+)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "always", "first"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_spans_get_a_space_only_where_the_whole_text_does(kind, data, tmp_path_factory):
+    """Cut at special tokens or newlines, which nothing merges with, spans give the ids of the whole text."""
+    reference = llama2(kind)
+    folder = tmp_path_factory.mktemp("llama2")
+    tokenizer = load_tokenizer(str(save(folder, reference, eos_token="</s>")))
+    assert tokenizer.backend == "tokenizers" and tokenizer.space == ("first" if kind == "first" else "always")
+    spans = [("user", "".join(data.draw(pieces)) + "\n"), ("assistant", "".join(data.draw(pieces)) + "</s>")]
+    sequences = [[*spans, ("user", "".join(data.draw(pieces)) + "\n"), ("assistant", "a</s>")], spans, [("user", "a")]]
+    ids, mask, offsets = tokenize(tokenizer, sequences)
+    for i, sequence in enumerate(sequences):
+        whole = reference.encode("".join(text for _, text in sequence), add_special_tokens=False).ids
+        assert ids[offsets[i] : offsets[i + 1]].tolist() == whole
+    plain = [token for token, trained in zip(ids[offsets[1] : offsets[2]], mask[offsets[1] :], strict=False) if trained]
+    assert plain[-1] == tokenizer.eos_id
+
+
+def test_an_answer_behind_text_gets_no_second_space(tmp_path):
+    """Llama 2's template writes `[/INST] answer`; at inference the answer's first token is the one with the space."""
+    tokenizer = load_tokenizer(str(save(tmp_path, llama2("prepend"), eos_token="</s>")))
+    ids, mask, _ = tokenize(tokenizer, [[("user", "<s>[INST] a [/INST]"), ("assistant", " ab </s>")]])
+    trained = [tokenizer._reference.id_to_token(token) for token, on in zip(ids, mask, strict=True) if on]
+    assert trained == ["\u2581ab", "\u2581", "</s>"]
+
+
+def test_a_space_of_unknown_origin_is_refused(tmp_path):
+    save(tmp_path, llama2("unknown"), eos_token="</s>")
     with pytest.raises(UserError, match="space before every text"):
         load_tokenizer(str(tmp_path))
+
+
+def test_the_tokenizers_own_template(tmp_path):
+    folder = save(tmp_path, byte_level(), eos_token="<|im_end|>", chat_template="\ufeffinside")
+    assert load_tokenizer(str(folder)).chat_template == "inside"
+    (folder / "chat_template.jinja").write_text("\ufeffbeside")
+    assert load_tokenizer(str(folder)).chat_template == "beside"
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert (
+        load_tokenizer(str(save(tmp_path / "b", byte_level(), eos_token="</s>", chat_template=several))).chat_template
+        == "d"
+    )
+    assert load_tokenizer(str(save(tmp_path / "c", byte_level(), eos_token="</s>"))).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("nano3", []), ("lightning35", []), ("nano_v2", ["<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"])],
+)
+def test_special_tokens_that_a_template_writes(loaded, name, missing):
+    tokenizer = loaded["fastokens"]
+    assert tokenizer.missing(load_template(name).written_tokens()) == missing
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["<|eot_id|>", "<\uff5cUser\uff5c>", "<end_of_turn>", "<turn|>", "<|turn>", "<s>", "[INST]", "<tag>", "a < b |> c"],
+)
+def test_special_tokens_of_a_jinja_file(token):
+    source = "{% for m in messages %}{{ m.role ~ m.content }}" + token + "{% endfor %}"
+    written = load_template("x.jinja", source=source).written_tokens()
+    assert written == ([] if token in ("[INST]", "<tag>", "a < b |> c") else [token])

@@ -23,8 +23,8 @@ gives one sequence per user turn, cut after that turn's answer and trained on th
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +32,47 @@ from nemotron_sft.config import unknown_key
 from nemotron_sft.data.chat.flags import RECORD_KEYS, per_record
 from nemotron_sft.data.chat.jinja import JinjaTemplate
 from nemotron_sft.data.chat.messages import ROLES, ChatError, clean_messages
-from nemotron_sft.data.chat.nano3 import Nano3
-from nemotron_sft.data.chat.template import HISTORIES, MASKS, Span, Template
+from nemotron_sft.data.chat.nano_v2 import NanoV2
+from nemotron_sft.data.chat.nemotron3 import Lightning35, Lightning35HF, Nano3, Super3
+from nemotron_sft.data.chat.template import EMPTY_ANSWERS, HISTORIES, MASKS, Span, Template
 from nemotron_sft.errors import UserError
 
-__all__ = ["HISTORIES", "MASKS", "RECORD_KEYS", "ROLES", "ChatError", "Span", "Template", "clean_messages",
+__all__ = ["BUILT_IN", "HISTORIES", "MASKS", "RECORD_KEYS", "ROLES", "ChatError", "Span", "Template", "clean_messages",
            "load_template", "per_record"]  # fmt: skip
 
 
-def load_template(name: str = "nano3", **options: Any) -> Template:
-    """A built-in template ("nano3") or the path of a Jinja file; `options` are the fields of Template.
+BUILT_IN = {
+    "nano3": Nano3,
+    "super3": Super3,
+    "lightning35": Lightning35,
+    "lightning35_hf": Lightning35HF,
+    "nano_v2": NanoV2,
+}
 
+
+def load_template(name: str = "nano3", source: str | None = None, **options: Any) -> Template:
+    """A built-in template (BUILT_IN) or the path of a Jinja file; `options` are the fields of Template.
+
+    source: the text of a Jinja template that has no file, as the tokenizer's own; `name` is then only its name.
     Raises UserError for a name or option that does not exist and for a file that is not valid Jinja.
     """
     known = {field.name for field in fields(Template)} - {"name", "source"}
     for option in options.keys() - known:
         raise unknown_key(f"template.{option}", sorted(known | {"name"}))
-    for option, choices in (("mask", MASKS), ("history", HISTORIES)):
+    for option, choices in (("mask", MASKS), ("history", HISTORIES), ("empty_answers", EMPTY_ANSWERS)):
         if options.get(option, choices[0]) not in choices:
             raise UserError(f"template.{option}={options[option]}: choose from {', '.join(choices)}")
-    if name == "nano3":
-        source = resources.files("nemotron_sft.data.chat").joinpath("templates/nano3.jinja").read_text()
-        return Nano3(name, source, **options)
-    try:
-        source = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"template.name={name}: neither nano3 nor a readable Jinja file") from None
+    if source is None and name in BUILT_IN:
+        template = BUILT_IN[name](name, BUILT_IN[name].jinja(), **options)
+        with _told():
+            template.generation_prompt([{"role": "user", "content": ""}])  # knows the variables, or says which not
+        return template
+    if source is None:
+        try:
+            source = Path(name).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            names = ", ".join(BUILT_IN)
+            raise UserError(f"template.name={name}: neither {names} nor a readable Jinja file") from None
     template = JinjaTemplate(str(name), source, **options)
     if template._marked and template.train_generation_prompt:
         raise UserError(
@@ -66,3 +81,12 @@ def load_template(name: str = "nano3", **options: Any) -> Template:
         )
     template._compiled  # noqa: B018 -- report a broken file now
     return template
+
+
+@contextmanager
+def _told():
+    """What a conversation would be dropped for is here a setting to correct."""
+    try:
+        yield
+    except ChatError as error:
+        raise UserError(f"template: {error}") from None

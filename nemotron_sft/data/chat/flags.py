@@ -28,7 +28,9 @@ def per_record(record: dict) -> dict[str, Any]:
         found["chat_template_kwargs"] = kwargs
     turns = record.get("train_turns")
     metadata = record.get("metadata")
-    if turns is None and metadata and "train_turns" in metadata:  # of an object, or of its JSON text
+    if (
+        turns is None and isinstance(metadata, (dict, str)) and "train_turns" in metadata
+    ):  # of an object, or of its JSON text
         turns = _object(metadata, "metadata").get("train_turns")
     if turns is not None:
         found["train_turns"] = turns

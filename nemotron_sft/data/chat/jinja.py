@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nemotron_sft.data.chat.messages import ChatError, thinks
-from nemotron_sft.data.chat.template import Span, Template, answered_turns
+from nemotron_sft.data.chat.forms import Forms
+from nemotron_sft.data.chat.messages import ChatError, answer_of, checked_messages, checked_tools, reasoning_of
+from nemotron_sft.data.chat.template import Span, Template
 from nemotron_sft.errors import UserError
 
 # `{% generation %}` blocks become plain Jinja that prints these around the trained text; random, so that no
 # conversation can contain them.
 _OPEN, _CLOSE = (f"\x02{secrets.token_hex(8)}\x03" for _ in range(2))
 _TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on
+_STOP = re.compile(r"\s*(?:<[^<>\s]{1,60}>|\[[A-Z_/]{1,30}\])")  # a special token, as far as its looks tell
 
 
 def _marker(tag: re.Match) -> str:
@@ -25,13 +29,30 @@ def _marker(tag: re.Match) -> str:
     return f"{{%{left} with %}}{{% if true %}}{_OPEN}{{% endif {right}%}}"
 
 
+def _unmarked(text: str) -> str:
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+@dataclass
+class _Sequence:
+    """A training sequence to be: its text, how many messages it holds, and where each trained answer ends."""
+
+    text: str
+    messages: int
+    ends: dict[int, int]  # {index of the answer: length of the text up to its end}
+
+
 class JinjaTemplate(Template):
     """A user's Jinja template, rendered in the environment that transformers gives to chat templates.
 
-    With `{% generation %}` tags (transformers' convention) a sequence is rendered once and the tags enclose
-    what is trained. Without them the answers are found by rendering prefixes of the conversation, as far as
-    a prefix of the messages gives a prefix of the text; ChatError "spans undetermined" otherwise. Spans that
-    are not trained carry the role "context" or "history".
+    Every trained answer stands in the context that the model would see: where the conversation up to it is
+    written differently once it goes on (whatever the cause), that answer has a sequence of its own, cut after it.
+    With `{% generation %}` tags (transformers' convention) the tags say what of an answer is trained. Without
+    them an answer begins where the generation prompt for the messages before it ends. Spans that are not trained
+    carry the role "context" or "history".
+
+    Raises ChatError "spans undetermined" where an answer does not continue a prompt, and "... not rendered" where
+    the template leaves out the reasoning, the tool calls or the text of an answer to train.
     """
 
     @cached_property
@@ -57,85 +78,236 @@ class JinjaTemplate(Template):
             raise UserError(f"{self.name}:{error.lineno}: not a valid Jinja template: {message}") from None
         if self.special_tokens is None and (needed := sorted(unknown & {"bos_token", "eos_token"})):
             raise UserError(f"{self.name}: the template prints {' and '.join(needed)}: set template.special_tokens")
+        self.__dict__["_switches"] = [name for name in _SWITCHES if name in unknown]
         return compiled
 
-    def _marked_text(self, messages: list[dict], tools: list[dict], prompt: bool = False, thinking: bool = True):
+    @cached_property
+    def _forms(self) -> Forms:
+        return Forms(lambda messages, tools: self._text(messages, tools, {}))
+
+    def _read(self, messages: list[dict], tools: list[dict] | None) -> tuple[list[dict], list[dict]]:
+        return self._forms.adapt(checked_messages(messages), checked_tools(tools), self.reasoning_field)
+
+    # --- text ---
+
+    def _rendered(self, messages: list[dict], tools: list[dict], variables: dict, prompt: bool = False) -> str:
         """The rendering, with _OPEN and _CLOSE around what generation tags enclose."""
-        options = {"enable_thinking": thinking, "truncate_history_thinking": self.history == "truncate"}
+        if self.history == "keep":
+            variables = {"truncate_history_thinking": False, **variables}
+        if variables:
+            if "enable_thinking" in variables and "thinking" in self._switches:
+                variables = {"thinking": variables["enable_thinking"], **variables}
+            variables = {"chat_template_kwargs": variables, **variables}
         try:
             return self._compiled.render(
-                **(self.special_tokens or {}),
-                **options,
-                messages=messages,
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=prompt,
-                chat_template_kwargs=options,
+                **{
+                    **(self.special_tokens or {}),
+                    **variables,
+                    "messages": messages,
+                    "tools": tools or None,
+                    "documents": None,
+                    "add_generation_prompt": prompt,
+                }
             )
         except UserError:
             raise
         except Exception as error:  # whatever the template's own expressions raise on this conversation
             raise ChatError("template error", f"{type(error).__name__}: {error}") from error
 
-    def _text(self, messages: list[dict], tools: list[dict]) -> str:
-        return self._marked_text(messages, tools).replace(_OPEN, "").replace(_CLOSE, "")
+    def _text(self, messages: list[dict], tools: list[dict], variables: dict) -> str:
+        return _unmarked(self._rendered(messages, tools, variables))
 
-    def _prompt(self, messages: list[dict], tools: list[dict], thinking: bool) -> str:
-        text = self._marked_text(messages, tools, prompt=True, thinking=thinking)
-        return text.replace(_OPEN, "").replace(_CLOSE, "")
+    def _prompt(self, messages: list[dict], tools: list[dict], variables: dict) -> str:
+        return _unmarked(self._rendered(messages, tools, variables, prompt=True))
 
-    def _sequences(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[list[Span]]:
-        turns = answered_turns(messages)
-        if not turns:
-            return [[("context", self._text(messages, tools))]]
-        if self._rewrites_history(messages, tools, turns):
-            alone = [[value and i >= start for i, value in enumerate(trained[:end])] for start, end in turns]
-            return [self._spans(messages[: len(t)], tools, t) for t in alone]
-        return [self._spans(messages, tools, trained)]
+    # --- sequences ---
 
-    def _rewrites_history(self, messages: list[dict], tools: list[dict], turns: list[tuple[int, int]]) -> bool:
-        """Whether some turn's text changes once the conversation goes on."""
-        ends = [end for _, end in turns if end < len(messages)]
-        if not ends or (self._marked and not thinks(messages)):
-            return False
-        text = self._text(messages, tools)
-        return not all(text.startswith(self._text(messages[:end], tools)) for end in ends)
+    def _sequences(
+        self, messages: list[dict], tools: list[dict], trained: list[bool], variables: dict
+    ) -> list[list[Span]]:
+        self._compiled  # noqa: B018 -- finds the template's switches
+        answers = [i for i, value in enumerate(trained) if value]
+        if not answers:
+            return [[("context", self._text(messages, tools, variables))]]
+        find = self._spans_by_tags if self._marked else self._spans_by_prompts
+        found = []
+        for sequence in self._cut(messages, tools, answers, variables):
+            spans = find(sequence, messages, tools, variables)
+            found.append([span for span in spans if span[1]])
+        return found
 
-    def _spans(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[Span]:
-        find = self._spans_by_markers if self._marked else self._spans_by_prefixes
-        return [span for span in find(messages, tools, trained) if span[1]]
+    def _cut(self, messages: list[dict], tools: list[dict], answers: list[int], variables: dict) -> list[_Sequence]:
+        """The sequences in which every answer sees the past that it would see at inference, as few as there can be."""
+        whole = self._text(messages, tools, variables)
+        self._refuse_none(whole, messages, tools, variables)
+        found: list[_Sequence] = []
+        for i in reversed(answers):
+            upto = whole if i + 1 == len(messages) else self._text(messages[: i + 1], tools, variables)
+            fitting = next((sequence for sequence in reversed(found) if sequence.text.startswith(upto)), None)
+            if fitting is None:
+                last = not found and whole.startswith(upto)
+                fitting = _Sequence(whole, len(messages), {}) if last else _Sequence(upto, i + 1, {})
+                found.append(fitting)
+            fitting.ends[i] = len(upto)
+        return found[::-1]
 
-    def _spans_by_markers(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[Span]:
-        text, *generated = self._marked_text(messages, tools).split(_OPEN)
-        answers = [value for message, value in zip(messages, trained, strict=True) if message["role"] == "assistant"]
-        if not all(answers) and len(generated) != len(answers):
-            raise ChatError("spans undetermined", f"{len(answers)} answers, {len(generated)} generation blocks")
-        spans = [("context", text)]
-        for index, part in enumerate(generated):
+    def _refuse_none(self, text: str, messages: list[dict], tools: list[dict], variables: dict) -> None:
+        """Raise ChatError if the template prints "None" where content is null."""
+        if "None" in text and any(message["content"] is None for message in messages):
+            filled = [{**message, "content": message["content"] or ""} for message in messages]
+            try:
+                printed = self._text(filled, tools, variables).count("None")
+            except ChatError:
+                return
+            if text.count("None") > printed:
+                raise ChatError("content not rendered", f"{self.name} prints None for an answer whose content is null")
+
+    def _spans_by_tags(
+        self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
+    ) -> list[Span]:
+        """Spans of a template with generation tags: what they enclose within the sequence's answers is trained."""
+        parts = self._rendered(messages[: sequence.messages], tools, variables).split(_OPEN)
+        regions = []
+        for i in sorted(sequence.ends):
+            start = self._common(sequence.text, messages[:i], tools, variables)
+            regions.append((start, sequence.ends[i]))
+            self._check_shown(messages[i], i, sequence.text[start : sequence.ends[i]])
+        everything = all(m["role"] != "assistant" or i in sequence.ends for i, m in enumerate(messages))
+        spans, done = [("context", parts[0])], len(parts[0])
+        for part in parts[1:]:
             answer, _, after = part.partition(_CLOSE)
-            kept = all(answers) or answers[index]
+            kept = everything or any(start <= done < end for start, end in regions)
             spans += [("assistant" if kept else "history", answer), ("context", after)]
+            done += len(answer) + len(after)
         return spans
 
-    def _spans_by_prefixes(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[Span]:
-        text, done, spans = self._text(messages, tools), 0, []
-        for i in range(len(messages)):
-            if not trained[i]:
-                continue
-            prompts = [self._prompt(messages[:i], tools, thinking) for thinking in (True, False)]
-            start = max((len(prompt) for prompt in prompts if text.startswith(prompt)), default=-1)
-            upto = self._text(messages[: i + 1], tools)
-            if start < done or len(upto) <= start or not text.startswith(upto):
+    def _common(self, text: str, messages: list[dict], tools: list[dict], variables: dict) -> int:
+        """How far a text is the rendering of its first messages."""
+        if not messages:
+            return 0
+        try:
+            before = self._text(messages, tools, variables)
+        except ChatError:
+            return 0
+        if text.startswith(before):
+            return len(before)
+        return next(i for i in range(len(before)) if before[i] != text[i : i + 1])
+
+    def _spans_by_prompts(
+        self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
+    ) -> list[Span]:
+        """Spans of a template without tags: an answer is what follows the prompt for the messages before it."""
+        text, done, spans = sequence.text, 0, []
+        for i in sorted(sequence.ends):
+            end = sequence.ends[i]
+            start = self._start(text[:end], done, messages[:i], tools, variables)
+            if start is None:
                 raise ChatError(
                     "spans undetermined",
-                    f"{self.name} renders the messages before answer {i} differently from the conversation; "
-                    "mark the answers in the template with {% generation %} ... {% endgeneration %}",
+                    f"{self.name} renders answer {i} differently from what follows its prompt; mark the answers in "
+                    "the template with {% generation %} ... {% endgeneration %}",
                 )
+            self._check_shown(messages[i], i, text[start:end])
+            end, stop = self._stopped(text, end, messages[i])
             if self.train_generation_prompt:
-                start = len(self._text(messages[:i], tools))
-            spans += [("context", text[done:start]), ("assistant", text[start : len(upto)])]
-            done = len(upto)
+                start = max(done, self._common(text, messages[:i], tools, variables))
+            spans += [("context", text[done:start]), ("assistant", text[start:end] + stop)]
+            done = end
         return [*spans, ("context", text[done:])]
+
+    def _start(self, text: str, done: int, messages: list[dict], tools: list[dict], variables: dict) -> int | None:
+        """Where the answer that ends `text` begins: behind the longest prompt for the messages before it.
+
+        Where the template cannot render those alone (there are none, or it insists on a question), behind the
+        opening that a prompt adds. None if there is no such place.
+        """
+        prompts = []
+        for choice in self._choices(variables):
+            try:
+                prompts.append(self._prompt(messages, tools, choice) if messages else None)
+            except ChatError:
+                prompts.append(None)
+        if any(prompts):
+            starts = [len(prompt) for prompt in prompts if prompt and text.startswith(prompt)]
+            return max((start for start in starts if done <= start < len(text)), default=None)
+        for opening in sorted(self._openings(variables), key=len, reverse=True):
+            if (at := text.find(opening, done)) >= 0 and at + len(opening) < len(text):
+                return at + len(opening)
+        return None
+
+    def _choices(self, variables: dict) -> list[dict]:
+        """The variables with which the prompt of an answer may have been rendered: reasoning on or off."""
+        if any(name in variables for name in _SWITCHES):
+            return [variables]
+        return [variables, *({**variables, name: value} for name in self._switches for value in (True, False))]
+
+    def _openings(self, variables: dict) -> set[str]:
+        """What prompts add to the messages."""
+        question = [{"role": "user", "content": "q"}]
+        found = set()
+        for choice in self._choices(variables):
+            text, prompt = self._text(question, [], choice), self._prompt(question, [], choice)
+            if prompt.startswith(text) and prompt != text:
+                found.add(prompt[len(text) :])
+        return found
+
+    # --- stop tokens ---
+
+    def _stopped(self, text: str, end: int, message: dict) -> tuple[int, str]:
+        """Where an answer really ends, and what to add to the text there.
+
+        Some templates (GLM's) write no end of turn: a model stops by giving the token of the next role. That
+        token is then part of the answer, and is added where nothing follows.
+        """
+        usual = self._stop_tokens[bool(message.get("tool_calls"))]
+        if not usual:
+            return end, ""
+        if end == len(text):
+            return end, usual
+        following = _STOP.match(text, end)
+        return (following.end() if following else end), ""
+
+    @cached_property
+    def _stop_tokens(self) -> tuple[str, str]:
+        """The tokens of the next role that end a plain answer and a tool call; "" where an answer ends by itself."""
+        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "answerq"}
+        call = {"id": "call00001", "type": "function", "function": {"name": "toolq", "arguments": {}}}
+        result = {"role": "tool", "name": "toolq", "tool_call_id": "call00001", "content": "r"}
+        plain = self._stop_token([question, answer], question)
+        if not plain:
+            return "", ""
+        called = self._stop_token([question, {**answer, "content": "", "tool_calls": [call]}], result)
+        return plain, called or plain
+
+    def _stop_token(self, messages: list[dict], following: dict) -> str:
+        """What special token `following` puts behind the last message, if that ends without one."""
+        try:
+            text, longer = self._text(messages, [], {}), self._text([*messages, following], [], {})
+        except ChatError:
+            return ""
+        plain = "tool_calls" not in messages[-1]
+        if not longer.startswith(text) or (plain and text.rpartition("answerq")[2].strip()):
+            return ""
+        found = _STOP.match(longer, len(text))
+        return found.group() if found else ""
+
+    # --- what an answer has must be in it ---
+
+    def _check_shown(self, message: dict, index: int, text: str) -> None:
+        """Raise ChatError if a part of a trained answer is not in its text: it would be lost without a word."""
+        reasoning = reasoning_of(message, index).strip()
+        if reasoning and reasoning not in text:
+            name = self._forms.reasoning
+            hint = f"it reads {name}: set template.reasoning_field={name}" if name else "it has no place for it"
+            raise ChatError("reasoning not rendered", f"message {index}: {self.name} leaves the reasoning out; {hint}")
+        for call in message.get("tool_calls", ()):
+            name = call.get("function", call)["name"]
+            if name not in text:
+                raise ChatError("tool call not rendered", f"message {index}: {self.name} leaves out the call of {name}")
+        if (answer := answer_of(message)) not in text:
+            raise ChatError(
+                "answer not rendered", f"message {index}: {self.name} leaves out or changes {answer[:40]!r}"
+            )
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

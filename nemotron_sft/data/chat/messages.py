@@ -1,4 +1,4 @@
-"""A conversation as it is given: checked, and brought to one form."""
+"""A conversation as it is given: checked, and for the built-in templates brought to one form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 from typing import Any
 
 ROLES = ("user", "assistant", "system", "tool", "developer")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # the names of an answer's reasoning, first wins
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_THINKING_PARTS = ("thinking", "reasoning")
 
 
 class ChatError(ValueError):
@@ -20,69 +23,218 @@ class ChatError(ValueError):
         return ChatError, (self.reason, self.detail)
 
 
-def clean_messages(messages: Any) -> list[dict]:
-    """Check a conversation and bring it to one form; the input is not changed.
+def checked_messages(messages: Any) -> list[dict]:
+    """Check a conversation, and leave it as it is but for what says nothing; the input is not changed.
 
-    Content becomes a string (None is empty, lists of text parts are joined) and tool call arguments given as
-    JSON text become objects. Raises ChatError.
+    Keys that are null count as absent, an answer without content has content null, a tool's null result is
+    empty text, and the old `function_call` is a tool call. Raises ChatError.
     """
     if not isinstance(messages, list) or not messages:
         raise ChatError("no messages")
-    cleaned = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ChatError("bad message", f"message {index} is a {type(message).__name__}, not an object")
-        if message.get("role") not in ROLES:
-            raise ChatError("unknown role", f"message {index}: {message.get('role')!r}")
-        content = message.get("content")
-        if not isinstance(content, str):
-            message = {**message, "content": _text_of(content, index)}
-        if message.get("tool_calls"):
-            message = {**message, "tool_calls": _parsed_calls(message["tool_calls"], index)}
-        cleaned.append(message)
-    return cleaned
+    return [_checked(message, index) for index, message in enumerate(messages)]
 
 
-def _text_of(content: Any, index: int) -> str:
-    """The text of a list of {"type": "text", "text": ...} parts; None is empty."""
+def _checked(message: Any, index: int) -> dict:
+    if not isinstance(message, dict):
+        raise ChatError("bad message", f"message {index} is a {type(message).__name__}, not an object")
+    if None in message.values():
+        message = {key: value for key, value in message.items() if value is not None}
+    role, content = message.get("role"), message.get("content")
+    if role == "function":  # OpenAI's old name
+        message, role = {**message, "role": "tool"}, "tool"
+    if role not in ROLES:
+        raise ChatError("unknown role", f"message {index}: {role!r}")
     if content is None:
-        return ""
+        if role not in ("assistant", "tool"):
+            raise ChatError("no content", f"message {index}, a {role}'s, has no content")
+        message = {**message, "content": None if role == "assistant" else ""}
+    elif not isinstance(content, str):
+        _check_content(content, role, index)
+    if "function_call" in message:
+        message = {**message, "tool_calls": [{"type": "function", "function": message["function_call"]}]}
+        del message["function_call"]
+    if "tool_calls" in message:
+        message = {**message, "tool_calls": _checked_calls(message["tool_calls"], index)}
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+    return message
+
+
+def _check_content(content: Any, role: str, index: int) -> None:
+    """Content that is not text: parts, or a tool's result as an object."""
+    if role == "tool" and isinstance(content, (dict, list)):
+        return
     if not isinstance(content, list):
         raise ChatError("bad content", f"message {index}: content is a {type(content).__name__}")
     for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        if not (_is_text(part) or (role == "assistant" and _is_thinking(part))):
             raise ChatError("bad content", f"message {index}: only text parts can be trained on")
-    return "".join(part["text"] for part in content)
 
 
-def _parsed_calls(calls: Any, index: int) -> list[dict]:
-    """Tool calls with their arguments as objects; absent or empty arguments are an empty object."""
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str)
+
+
+def _is_thinking(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in _THINKING_PARTS and _thinking_of(part) is not None
+
+
+def _thinking_of(part: dict) -> str | None:
+    """The text of a thinking part, which some write as text parts again; None if there is none."""
+    found = next((part[key] for key in ("thinking", "reasoning", "text") if part.get(key) is not None), None)
+    if isinstance(found, list) and all(map(_is_text, found)):
+        return "".join(inner["text"] for inner in found)
+    return found if isinstance(found, str) else None
+
+
+def _checked_calls(calls: Any, index: int) -> list[dict]:
+    """Tool calls without null keys, their arguments an object or its JSON text, which may be empty."""
     if not isinstance(calls, list):
         raise ChatError("bad tool call", f"message {index}: tool_calls is a {type(calls).__name__}")
-    parsed = []
+    checked = []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(call, dict):
+            raise ChatError("bad tool call", f"message {index}: a tool call is a {type(call).__name__}")
+        call = {key: value for key, value in call.items() if value is not None}
+        function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ChatError("bad tool call", f"message {index}: a tool call without a function name")
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as error:
-                raise ChatError("bad tool arguments", f"message {index}: {error}") from None
-        if not isinstance(arguments, dict):
-            raise ChatError("bad tool arguments", f"message {index}: a {type(arguments).__name__}")
-        function = {**function, "arguments": arguments}
-        parsed.append({**call, "function": function} if "function" in call else function)
-    return parsed
+        as_object(function.get("arguments"), index)
+        function = {"arguments": {}, **{key: value for key, value in function.items() if value is not None}}
+        checked.append({**call, "function": function} if "function" in call else function)
+    return checked
+
+
+def as_object(arguments: Any, index: int) -> dict:
+    """Tool call arguments, given as an object or as its JSON text; null and empty text are an empty object."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ChatError("bad tool arguments", f"message {index}: {error}") from None
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise ChatError("bad tool arguments", f"message {index}: a {type(arguments).__name__}")
+    return arguments
+
+
+def calls_with(message: dict, convert) -> dict:
+    """The message with the arguments of its tool calls converted: convert(arguments) -> arguments."""
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        function = {**function, "arguments": convert(function["arguments"])}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
+
+
+# --- one form, for the built-in templates -------------------------------------------------------------------
+
+
+def clean_messages(messages: Any) -> list[dict]:
+    """Check a conversation and bring it to one form; the input is not changed.
+
+    Content becomes a string (null is empty, text parts are joined, a tool's object becomes JSON text), tool call
+    arguments become objects, and an answer's reasoning is in `reasoning_content`, whatever it was called before
+    and whether it had its own field or was a part of the content. Raises ChatError.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ChatError("no messages")
+    return [
+        message
+        if type(message) is dict and len(message) == 2 and type(message.get("content")) is str  # most are so
+        and message.get("role") in ROLES
+        else _cleaned(_checked(message, index), index)
+        for index, message in enumerate(messages)
+    ]  # fmt: skip
+
+
+def _cleaned(message: dict, index: int) -> dict:
+    content = message["content"]
+    if message["role"] == "assistant":
+        reasoning = reasoning_of(message, index)
+        message = {key: value for key, value in message.items() if key not in REASONING}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+    if not isinstance(content, str):
+        message = {**message, "content": plain_content(content)}
+    if "tool_calls" in message:
+        message = calls_with(message, lambda arguments: as_object(arguments, index))
+    return message
+
+
+def plain_content(content: Any) -> str:
+    """Checked content as one text: null is empty, text parts are joined, any other object is JSON text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(_is_text(part) or _is_thinking(part) for part in content):
+        return "".join(part["text"] for part in content if _is_text(part))
+    return json.dumps(content, ensure_ascii=False)
+
+
+def reasoning_of(message: dict, index: int = 0) -> str:
+    """An answer's reasoning: its own field, or the thinking parts of its content. Raises ChatError if it has two."""
+    content = message["content"]
+    parts = [_thinking_of(part) for part in content if _is_thinking(part)] if isinstance(content, list) else []
+    found = [message[name] for name in REASONING if message.get(name)] + ["\n".join(parts)] * bool(parts)
+    if not all(isinstance(value, str) for value in found):
+        raise ChatError("bad reasoning", f"message {index}: reasoning is not text")
+    if len({value.strip() for value in found}) > 1:
+        raise ChatError("bad reasoning", f"message {index} has two different ones")
+    return found[0] if found else ""
+
+
+def answer_of(message: dict) -> str:
+    """What an answer says behind its reasoning: '' for reasoning without an end, or with nothing behind it."""
+    content = plain_content(message["content"])
+    _, closed, rest = content.rpartition("</think>")
+    if closed:
+        return rest.strip()
+    before, opened, _ = content.partition("<think>")
+    return before.strip() if opened else content.strip()
+
+
+# --- tools --------------------------------------------------------------------------------------------------
 
 
 def checked_tools(tools: Any) -> list[dict]:
+    """Tool definitions as they are, but MCP's (and OpenCode's) in OpenAI's form. Raises ChatError."""
     if not tools:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ChatError("bad tools", "tools is not a list of objects")
+    if any(schema in tool or None in tool.values() for tool in tools for schema in _SCHEMAS):
+        tools = [_openai({key: value for key, value in tool.items() if value is not None}) for tool in tools]
     return tools
+
+
+_SCHEMAS = ("inputSchema", "input_schema")  # MCP and the AI SDK that OpenCode uses; Anthropic
+
+
+def _openai(tool: dict) -> dict:
+    """A tool whose parameters are called inputSchema or input_schema, as OpenAI writes it; others unchanged."""
+    schema = next((tool[name] for name in _SCHEMAS if name in tool), None)
+    if schema is None:
+        return tool
+    if isinstance(schema, dict) and isinstance(schema.get("jsonSchema"), dict):
+        schema = schema["jsonSchema"]
+    name = tool.get("name") or tool.get("id")
+    if not isinstance(name, str) or not isinstance(schema, dict):
+        raise ChatError("bad tools", "a tool with an inputSchema but no name, or whose schema is not an object")
+    function = {"name": name}
+    if tool.get("description") is not None:
+        function["description"] = tool["description"]
+    return {"type": "function", "function": {**function, "parameters": schema}}
+
+
+def wrapped(tools: list[dict]) -> list[dict]:
+    """Tool definitions inside OpenAI's {"type": "function", "function": ...}."""
+    return [tool if "function" in tool else {"type": "function", "function": _inner(tool)} for tool in tools]
+
+
+def _inner(tool: dict) -> dict:
+    return {key: value for key, value in tool.items() if key != "type"}
 
 
 def thinks(messages: list[dict]) -> bool:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from nemotron_sft.data.chat.flags import trained_messages
-from nemotron_sft.data.chat.messages import ChatError, checked_tools, clean_messages
+from nemotron_sft.data.chat.messages import ChatError, answer_of, checked_tools, clean_messages
 
 Span = tuple[str, str]  # (role, text)
 MASKS = ("assistant", "last_turn", "all")
 HISTORIES = ("truncate", "keep")
+EMPTY_ANSWERS = ("drop", "train")
+# <|im_end|>, DeepSeek's with full-width bars, Gemma 4's <|turn> and <turn|>, <start_of_turn>, <SPECIAL_10>, </s>, <bos>
+_SPECIAL = re.compile(r"<[|\uff5c][^<>\s]{1,60}>|<[^<>\s]{1,60}[|\uff5c]>|<\w+_of_\w+>|<[A-Z]+_\d+>|</?s>|<[be]os>")
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,11 @@ class Template:
     mask: which answers are trained, "assistant" (all of them), "last_turn", or "all" (every token there is).
     history: "truncate" drops the reasoning of earlier turns, "keep" leaves it (where the template can).
     train_generation_prompt: also train the tokens that open an answer.
-    thinking: whether `generation_prompt` asks for reasoning.
+    empty_answers: whether an answer without text or tool calls makes a conversation unusable ("drop").
+    thinking: whether reasoning is asked for; None leaves that to the template.
+    kwargs: further variables for the template, as a record's own chat_template_kwargs, which go before them.
     special_tokens: {"bos_token": "<s>", ...}, what a Jinja file may print of the tokenizer's own tokens.
+    reasoning_field: the name under which a Jinja file reads an answer's reasoning; None: as the data has it.
     """
 
     name: str
@@ -32,14 +41,21 @@ class Template:
     mask: str = "assistant"
     history: str = "truncate"
     train_generation_prompt: bool = False
-    thinking: bool = True
+    empty_answers: str = "drop"
+    thinking: bool | None = None
+    kwargs: dict[str, Any] | None = None
     special_tokens: dict[str, str] | None = None
+    reasoning_field: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the template's source and of every option that changes the training sequences."""
-        options = [self.mask, self.history, self.train_generation_prompt, self.special_tokens]
-        return hashlib.sha256(json.dumps([self.source, options], sort_keys=True).encode()).hexdigest()
+        options = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "name"}
+        if not self._thinking_shows:
+            del options["thinking"]
+        return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+
+    _thinking_shows = True  # whether `thinking` changes the text of a finished conversation
 
     def __getstate__(self):
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
@@ -48,14 +64,24 @@ class Template:
         self, messages: list[dict], tools: list[dict] | None = None, chat_template_kwargs: dict | None = None
     ) -> str:
         """The text of the whole conversation. Raises ChatError."""
-        return self._text(clean_messages(messages), checked_tools(tools))
+        return self._text(*self._read(messages, tools), self._variables(chat_template_kwargs))
 
     def generation_prompt(
-        self, messages: list[dict], tools: list[dict] | None = None, thinking: bool | None = None
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        thinking: bool | None = None,
+        effort: str | int | None = None,
+        chat_template_kwargs: dict | None = None,
     ) -> str:
-        """What the model is given to answer `messages`, up to the opening of an answer. Raises ChatError."""
-        thinking = self.thinking if thinking is None else thinking
-        return self._prompt(clean_messages(messages), checked_tools(tools), thinking)
+        """What the model is given to answer `messages`, up to the opening of an answer. Raises ChatError.
+
+        effort: how much it may reason, in the template's own words ("low", ...) or as a number of tokens.
+        """
+        given = {"enable_thinking": thinking, "reasoning_effort": effort}
+        given = {key: value for key, value in given.items() if value is not None}
+        variables = self._variables({**(chat_template_kwargs or {}), **given})
+        return self._prompt(*self._read(messages, tools), variables)
 
     def sequences(
         self,
@@ -70,13 +96,9 @@ class Template:
         train_turns: per message, whether it may be trained, beside what the messages say themselves (flags.py).
         chat_template_kwargs: for this conversation's template. Raises ChatError.
         """
-        messages, tools = clean_messages(messages), checked_tools(tools)
+        messages, tools = self._read(messages, tools)
         trained = self._trained(messages, train_turns)
-        found = self._sequences(messages, tools, trained)
-        found = [spans for spans in found if _has_training(spans)] or found[-1:]
-        if self.mask == "all":
-            found = [[("assistant", text) for _, text in spans] for spans in found]
-        return found
+        return self._found(messages, tools, trained, chat_template_kwargs)
 
     def training_sequences(
         self,
@@ -90,37 +112,82 @@ class Template:
 
         Arguments: see `sequences`; `chat.per_record(record)` gives the last two.
         """
-        found = self.sequences(messages, tools, train_turns=train_turns, chat_template_kwargs=chat_template_kwargs)
+        messages, tools = self._read(messages, tools)
+        trained = self._trained(messages, train_turns)
+        if self.empty_answers == "drop":
+            for message, index in zip(messages, range(len(messages)), strict=True):
+                if trained[index]:
+                    _refuse_empty(message, index)
+        found = self._found(messages, tools, trained, chat_template_kwargs)
         if not _has_training(found[-1]):
             if any(message["role"] == "assistant" for message in messages):
-                raise ChatError("no trained answer", "every answer is marked as not to be trained")
+                raise ChatError("no trained answer", "the record says of every answer that it is not trained")
             raise ChatError("no assistant turn")
+        return found
+
+    def written_tokens(self) -> list[str]:
+        """The special tokens that this template writes into a plain conversation, as far as their looks tell."""
+        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+        system = {"role": "system", "content": "s"}
+        for chat in ([system, question, answer, question], [question, answer, question], [question]):
+            with suppress(ChatError):
+                text = self.generation_prompt(chat) + self.render([*chat, answer])
+                own = [token for token in (self.special_tokens or {}).values() if token and token in text]
+                return sorted({*_SPECIAL.findall(text), *own})
+        return []
+
+    def _found(self, messages: list[dict], tools: list[dict], trained: list[bool], kwargs: Any) -> list[list[Span]]:
+        """The sequences that train something, or one that does not; see `sequences`."""
+        found = self._sequences(messages, tools, trained, self._variables(kwargs))
+        found = [spans for spans in found if _has_training(spans)] or found[-1:]
+        if self.mask == "all":
+            found = [[("assistant", text) for _, text in spans] for spans in found]
         return found
 
     def _trained(self, messages: list[dict], train_turns: list[bool] | None) -> list[bool]:
         """Per message, whether it is an answer to train: what the record says, within what `mask` says."""
         trained = trained_messages(messages, train_turns)
         if self.mask == "all" and trained != [message["role"] == "assistant" for message in messages]:
-            raise ChatError(
-                "bad training flag", "mask=all trains every token, but an answer says that it is not trained"
-            )
+            raise ChatError("bad training flag", "mask=all trains every token, but an answer is marked as untrained")
         if self.mask == "last_turn" and (turns := answered_turns(messages)):
             start = turns[-1][0]
             trained = [value and index >= start for index, value in enumerate(trained)]
         return trained
 
-    def _text(self, messages: list[dict], tools: list[dict]) -> str:
+    def _variables(self, kwargs: dict | None) -> dict:
+        """The template's variables of one conversation: the template's own options, then the record's."""
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise ChatError("bad chat_template_kwargs", f"a {type(kwargs).__name__} instead of an object")
+        if not kwargs and not self.kwargs and self.thinking is None:
+            return {}
+        asked = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        return {**asked, **(self.kwargs or {}), **(kwargs or {})}
+
+    def _read(self, messages: list[dict], tools: list[dict] | None) -> tuple[list[dict], list[dict]]:
+        """Messages and tools, checked and in the form that the template takes."""
+        return clean_messages(messages), checked_tools(tools)
+
+    def _text(self, messages: list[dict], tools: list[dict], variables: dict) -> str:
         raise NotImplementedError
 
-    def _prompt(self, messages: list[dict], tools: list[dict], thinking: bool) -> str:
+    def _prompt(self, messages: list[dict], tools: list[dict], variables: dict) -> str:
         raise NotImplementedError
 
-    def _sequences(self, messages: list[dict], tools: list[dict], trained: list[bool]) -> list[list[Span]]:
+    def _sequences(
+        self, messages: list[dict], tools: list[dict], trained: list[bool], variables: dict
+    ) -> list[list[Span]]:
         raise NotImplementedError
 
 
 def _has_training(spans: list[Span]) -> bool:
     return any(role == "assistant" and text for role, text in spans)
+
+
+def _refuse_empty(message: dict, index: int) -> None:
+    """Raise ChatError for an answer that says nothing: training it teaches to end a turn at once."""
+    if not message.get("tool_calls") and not answer_of(message):
+        hint = "template.empty_answers=train trains such answers"
+        raise ChatError("empty answer", f"message {index} has neither an answer nor a tool call; {hint}")
 
 
 def last_user(messages: list[dict]) -> int:
