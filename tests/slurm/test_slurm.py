@@ -50,7 +50,7 @@ class Checkout:
         fixed = ["-m", "cluster=slurm", "cluster.environment.MASTER_ADDR=127.0.0.1"]
         return [sys.executable, f"recipes/{recipe}.py", *fixed, *(str(o) for o in overrides)]
 
-    def run(self, recipe, *overrides, timeout=120):
+    def run(self, recipe, *overrides, timeout=300):
         return subprocess.run(
             self.command(recipe, *overrides),
             cwd=self.path, env=self.env, capture_output=True, text=True, timeout=timeout,
@@ -89,7 +89,7 @@ def stub(checkout):
 STUB = ["data=none", "cluster.tasks_per_node=2"]
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=300):
     """Wait for a true value of `condition()`, and return it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -230,7 +230,7 @@ def test_kill_9(stub):
     pid = until(lambda: (p := stub.path / "run/pid1").exists() and p.read_text())
     time.sleep(1)
     os.kill(int(pid), signal.SIGKILL)
-    shown, _ = following.communicate(timeout=60)
+    shown, _ = following.communicate(timeout=300)
     assert following.returncode == 137
     assert "task 1: Killed" in shown and "error: a task was killed by signal 9" in shown
     assert until(lambda: ended(job)) == ["FAILED"]
@@ -240,7 +240,7 @@ def test_scancel_while_following(stub):
     following, job = stub.start("train", *STUB, "name=wait", f"run_dir={stub.path}/run")
     until(lambda: (stub.path / "run/pid1").exists())
     subprocess.run(["scancel", job], check=True)
-    shown, _ = following.communicate(timeout=60)
+    shown, _ = following.communicate(timeout=300)
     assert following.returncode == 143, shown
     assert until(lambda: ended(job)) == ["CANCELLED"]
 
@@ -248,7 +248,7 @@ def test_scancel_while_following(stub):
 def test_cancelled_before_it_starts(stub):
     following, job = stub.start("train", *STUB, "name=ok", "cluster.sbatch_args={hold: true}")
     subprocess.run(["scancel", job], check=True)
-    shown, _ = following.communicate(timeout=60)
+    shown, _ = following.communicate(timeout=300)
     assert following.returncode == 1 and f"job {job} ended as CANCELLED" in shown
 
 
@@ -263,7 +263,7 @@ def test_requeued_up_to_the_limit(stub):
         pids.add(until(lambda: (p := stub.path / "run/pid0").exists() and (t := p.read_text()) not in pids and t))
         time.sleep(1)
         subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    shown, _ = following.communicate(timeout=60)
+    shown, _ = following.communicate(timeout=300)
     assert following.returncode == 143, shown
     assert "queued again (1 of 1 times)" in shown and "stopped early, after 1 times" in shown
     assert until(lambda: ended(job)) == ["FAILED"]
@@ -274,7 +274,7 @@ def test_preemption_requeues(stub):
     job, folder = stub.submit("train", *STUB, "name=wait", f"run_dir={stub.path}/run", "cluster.exclusive=true")
     first = until(lambda: (p := stub.path / "run/pid0").exists() and p.read_text())
     subprocess.run(["srun", "-p", "urgent", "-N2", "--exclusive", "sleep", "1"], check=True, timeout=90)
-    until(lambda: (stub.path / "run/pid0").read_text() != first, seconds=90)
+    until(lambda: (stub.path / "run/pid0").read_text() != first, seconds=300)
     # A later end must not pass for this preemption.
     assert show(job)[0]["Restarts"] == "1" and show(job)[0]["PreemptTime"] == "None"
     subprocess.run(["scancel", job], check=True)
