@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from nemotron_sft.config import nearest
-from nemotron_sft.console import visible
+from nemotron_sft.console import say
 from nemotron_sft.errors import UserError
 from nemotron_sft.paths import CONF, ROOT, USER_CONF
 from nemotron_sft.slurm import node, submit
@@ -66,7 +66,7 @@ def command(main: Callable[[], None]) -> None:
 
 def fail(message: str) -> None:
     """Print one error line and exit with status 2."""
-    print("error:", visible(message.replace("\n", " ")), file=sys.stderr)
+    say(f"error: {message}")
     sys.exit(2)
 
 

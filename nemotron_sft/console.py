@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 # C0 controls have pictures of their own; C1 and marks that turn the direction of text are written as escapes.
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
@@ -19,6 +20,11 @@ _VISIBLE = _PICTURES | {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x
 def visible(text: str) -> str:
     """Text with its control characters shown instead of sent: an escape as \u241b. Line ends and tabs stay."""
     return text.translate(_VISIBLE)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print one line that may quote data, on stderr or into `file`: control characters shown, line ends as spaces."""
+    print(visible(line.replace("\n", " ")), file=file or sys.stderr, flush=True)
 
 
 def console(stderr: bool = False):

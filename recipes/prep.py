@@ -8,10 +8,13 @@
 A rerun continues where an interrupted run stopped, and does nothing if nothing changed.
 """
 
+import sys
+
 from omegaconf import DictConfig
 
 from nemotron_sft import app
 from nemotron_sft.config import Prep, check
+from nemotron_sft.console import say
 
 
 def main(cfg: DictConfig) -> None:
@@ -28,9 +31,9 @@ def main(cfg: DictConfig) -> None:
     report.print_report(metadata)
     directory = metadata["directory"]
     if metadata["unchanged"]:
-        print(f"Nothing changed: {directory} is up to date (force=true prepares it again)")
+        say(f"Nothing changed: {directory} is up to date (force=true prepares it again)", sys.stdout)
     else:
-        print(f"Wrote {directory}; {directory}/report.html shows the mix and some packs")
+        say(f"Wrote {directory}; {directory}/report.html shows the mix and some packs", sys.stdout)
 
 
 if __name__ == "__main__":

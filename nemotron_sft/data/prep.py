@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_sft.config import Prep
-from nemotron_sft.console import progress
+from nemotron_sft.console import progress, say
 from nemotron_sft.data import plan as plans
 from nemotron_sft.data.merge import merge
 from nemotron_sft.data.packed import read_metadata
@@ -102,7 +101,7 @@ def run_shard(cfg: Prep) -> str:
 def describe_forms(todo: Plan) -> None:
     """Say how each dataset is read, one line each."""
     for dataset, form in zip(todo.datasets, todo.forms, strict=True):
-        print(f"data set {dataset.name}: {form}{'' if dataset.form else ', by its first records'}", file=sys.stderr)
+        say(f"data set {dataset.name}: {form}{'' if dataset.form else ', by its first records'}")
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from nemotron_sft.config import Tracking
+from nemotron_sft.console import say
 from nemotron_sft.record import digests, lineage
 from nemotron_sft.record.lineage import DATA
 from nemotron_sft.record.wandb import Tracker, sample_tag
@@ -25,7 +25,7 @@ def record_data(cfg: Tracking, composed: Any, metadata: dict) -> None:
     output = lineage.artifact(DATA, directory, files, lineage.data_summary(metadata), aliases=["latest"])
     record = lineage.record("prep", lineage.plain(composed), lineage.of_sources(metadata), [output])
     lineage.write(directory, record)
-    tracker = Tracker(cfg, record, directory, sample_tag(metadata), lambda line: print(line, file=sys.stderr))
+    tracker = Tracker(cfg, record, directory, sample_tag(metadata), say)
     tracker.start()
     tracker.inputs()
     tracker.output(output, ["latest"])

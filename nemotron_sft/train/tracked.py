@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemotron_sft.config import TrainConfig
+from nemotron_sft.console import say
 from nemotron_sft.errors import first_line
 from nemotron_sft.record import digests, lineage
 from nemotron_sft.record.lineage import MODEL
@@ -91,7 +92,7 @@ class Training:
             self._hashing.submit(self._describe, newest)
 
     def say(self, line: str) -> None:
-        print(line, file=self.terminal, flush=True)
+        say(line, self.terminal)
 
     def save(self) -> None:
         with self._saving:
