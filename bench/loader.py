@@ -34,7 +34,7 @@ def chunks(packs: int):
     """Random packs of MEMBERS sequences each, a chunk at a time."""
     rng = np.random.default_rng(0)
     for low in range(0, packs, CHUNK):
-        records = np.zeros(min(CHUNK, packs - low), packed.pack_dtype(PACK_SIZE, MEMBERS))
+        records = packed.empty_packs(min(CHUNK, packs - low), packed.pack_dtype(PACK_SIZE, MEMBERS))
         records["input_ids"] = rng.integers(1, 131_072, records["input_ids"].shape)
         records["loss_mask"] = rng.random(records["loss_mask"].shape) < 0.5
         cuts = np.sort(rng.integers(1, PACK_SIZE - 1, (len(records), MEMBERS - 1)), axis=1)

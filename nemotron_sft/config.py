@@ -233,6 +233,7 @@ class Train(Bridge):
     epochs: float | None = MISSING
     global_batch_size: int | None = MISSING  # packs
     packs_per_microbatch: int | None = MISSING
+    loss_per: str = MISSING  # token | sequence
 
 
 @dataclass

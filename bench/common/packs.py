@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotron_sft.data.packed import FORMAT, VERSION, pack_dtype, write_metadata, write_packs
+from nemotron_sft.data.packed import FORMAT, VERSION, empty_packs, pack_dtype, write_metadata, write_packs
 from nemotron_sft.data.packing import pack
 
 
@@ -19,7 +19,7 @@ def make_data(out: Path, packs: int, pack_size: int = 4096, vocabulary: int = 32
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(300), 0.9, 16 * packs), 16, pack_size).astype(int)
     bins = pack(lengths, pack_size)
-    records = np.zeros(packs, pack_dtype(pack_size, int(np.bincount(bins).max())))
+    records = empty_packs(packs, pack_dtype(pack_size, int(np.bincount(bins).max())))
     for number, record in enumerate(records):
         ends = np.concatenate([[0], np.cumsum(lengths[bins == number])])
         record["cu_seqlens"] = ends[-1]
@@ -60,6 +60,7 @@ def write(out: Path, records: np.ndarray, pack_size: int, vocabulary: int) -> di
             "sample": None,
             "tokenizer": {"model": "random", "vocab_size": vocabulary},
             "template": {"name": "none"},
+            "blend": {"name": "random", "datasets": [{"name": "random"}]},
             "splits": {"training": training, "validation": empty, "test": empty},
         },
     )

@@ -230,7 +230,10 @@ def _write_split(
             other.unlink()
     if not len(chosen):
         nothing = dict.fromkeys(("packs", "sequences", "tokens", "trained_tokens"), 0)
-        return {**nothing, "fill": 0.0, "file": None, "bytes": 0, "sha256": None}
+        weights = {"least": 1.0, "most": 1.0, "sequences": 0.0, "tokens": 0.0}
+        by_dataset = [dict.fromkeys(("sequences", "tokens", "trained_tokens"), 0) for _ in todo.datasets]
+        return {**nothing, "weights": weights, "datasets": by_dataset, "fill": 0.0, "file": None, "bytes": 0,
+                "sha256": None}  # fmt: skip
     order, bounds = members(pack(sequences.length[chosen], todo.pack_size, cfg.seed))
     order = chosen[order]
     packs = len(bounds) - 1
@@ -248,7 +251,7 @@ def _write_split(
             advance(len(records))
 
     with progress(f"writing {path.name}", packs) as advance:
-        return write_packs(path, chunks(advance), packs, threads)
+        return write_packs(path, chunks(advance), packs, threads, len(todo.datasets))
 
 
 def _ahead(function: Callable, arguments: Iterable, threads: int) -> Iterator:
@@ -305,7 +308,8 @@ def _assemble(
     for number, begin, first, last in zip(*columns, strict=True):
         spools[number].read_into(target[first:last], begin)
 
-    records = np.zeros(packs, dtype)
+    records = packed.empty_packs(packs, dtype)
+    records["source"][row, slot] = np.array([unit.dataset for unit in todo.units])[sequences.spool[chosen]]
     trained = signed < 0
     records["loss_mask"] = trained
     records["input_ids"] = np.where(trained, ~signed, signed)

@@ -21,17 +21,20 @@ from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.files import AtomicFile, write_json
 from nemotron_sft.record import digests, lineage
 
-FORMAT, VERSION = "nemotron-sft-packed", 1
+FORMAT, VERSION = "nemotron-sft-packed", 2
+READABLE = (1, 2)  # version 1 has neither source nor weight
 SPLITS = ("training", "validation", "test")
 
 
-def pack_dtype(pack_size: int, max_sequences: int) -> np.dtype:
+def pack_dtype(pack_size: int, max_sequences: int, version: int = VERSION) -> np.dtype:
     """The dtype of one pack.
 
     input_ids  int32 (pack_size,)          tokens; past the last boundary the pad id
     loss_mask  uint8 (pack_size,)          1 where the token itself is assistant output, so a training target
     cu_seqlens int32 (max_sequences + 1,)  boundaries in tokens: sequence k is cu_seqlens[k]:cu_seqlens[k+1];
                                            entries after the last boundary repeat it
+    source     uint16 (max_sequences,)     the dataset that sequence k is from, an index into the metadata's list
+    weight     float32 (max_sequences,)    what a token of sequence k counts in the loss; 1 unless the data says else
 
     Fields are aligned to 4 bytes, hence up to 3 bytes of padding where pack_size is not a multiple of 4.
     """
@@ -39,8 +42,18 @@ def pack_dtype(pack_size: int, max_sequences: int) -> np.dtype:
         ("input_ids", "<i4", (pack_size,)),
         ("loss_mask", "u1", (pack_size,)),
         ("cu_seqlens", "<i4", (max_sequences + 1,)),
+        ("source", "<u2", (max_sequences,)),
+        ("weight", "<f4", (max_sequences,)),
     ]
-    return np.dtype(fields, align=True)
+    return np.dtype(fields if version > 1 else fields[:3], align=True)
+
+
+def empty_packs(packs: int, dtype: np.dtype) -> np.ndarray:
+    """(packs,) of `dtype` without a token, every sequence with weight 1, for a writer to fill."""
+    records = np.zeros(packs, dtype)
+    if "weight" in dtype.names:
+        records["weight"] = 1
+    return records
 
 
 class PackWriter:
@@ -157,8 +170,8 @@ def open_packs(path: str | Path) -> np.memmap:
         )
     if not _is_pack(dtype) or len(shape) != 1 or fortran:
         raise UserError(
-            f"{path} holds {dtype} of shape {shape}, not packs (input_ids int32, loss_mask uint8, "
-            "cu_seqlens int32): prepare the data again with recipes/prep.py"
+            f"{path} holds {dtype} of shape {shape}, not packs (input_ids int32, loss_mask uint8, cu_seqlens int32, "
+            "source uint16, weight float32): prepare the data again with recipes/prep.py"
         )
     size, promised = path.stat().st_size, offset + shape[0] * dtype.itemsize
     if size != promised:
@@ -167,28 +180,51 @@ def open_packs(path: str | Path) -> np.memmap:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
-def write_packs(path: str | Path, chunks: Iterable[np.ndarray], packs: int, threads: int = 1) -> dict:
+def write_packs(
+    path: str | Path, chunks: Iterable[np.ndarray], packs: int, threads: int = 1, datasets: int = 1
+) -> dict:
     """Write chunks of records, `packs` (at least one) in all, in the format that the name asks for.
 
-    `.idx.parquet` is Bridge's, everything else .npy. Returns what metadata.json says of a split: packs,
-    sequences, tokens, trained_tokens, fill (tokens / (packs * pack_size)), file, bytes and sha256 (hex).
-    Raises ValueError, and leaves no file, when the chunks hold fewer or more packs.
+    `.idx.parquet` is Bridge's, everything else .npy. Returns what metadata.json says of a split: packs, sequences,
+    tokens, trained_tokens, weights (the least and the most, and their sums over sequences and over trained tokens),
+    datasets (for each of `datasets` its sequences, tokens and trained_tokens), fill (tokens / (packs * pack_size)),
+    file, bytes and sha256 (hex). Raises ValueError, and leaves no file, when the chunks hold fewer or more packs.
     """
     path, chunks = Path(path), iter(chunks)
     first = next(chunks)
     kind = ParquetWriter if path.suffix == ".parquet" else PackWriter
-    sequences = tokens = trained = 0
+    counts, weights, least, most = np.zeros((datasets, 3), np.int64), np.zeros(2), np.inf, 0.0
     with kind(path, packs, first.dtype, threads) as writer:
         for records in chain([first], chunks):
             writer.write(records)
-            sequences += int((np.diff(records["cu_seqlens"]) > 0).sum())
-            tokens += int(records["cu_seqlens"][:, -1].sum(dtype=np.int64))
-            trained += int(records["loss_mask"].sum(dtype=np.int64))
+            source, weight, lengths, trained = sequences_of(records)
+            for column, amounts in enumerate((None, lengths, trained)):
+                counts[:, column] += np.bincount(source, amounts, datasets).astype(np.int64)
+            weights += weight.sum(dtype=float), (weight * trained).sum(dtype=float)
+            least, most = min(least, float(weight.min())), max(most, float(weight.max()))
+    sums = [dict(zip(("sequences", "tokens", "trained_tokens"), row, strict=True)) for row in counts.tolist()]
+    total = {key: sum(row[key] for row in sums) for key in sums[0]}
     return {
-        "packs": packs, "sequences": sequences, "tokens": tokens, "trained_tokens": trained,
-        "fill": round(tokens / (packs * first["input_ids"].shape[1]), 6),
+        "packs": packs, **total,
+        "weights": {"least": least, "most": most, "sequences": float(weights[0]), "tokens": float(weights[1])},
+        "datasets": sums, "fill": round(total["tokens"] / (packs * first["input_ids"].shape[1]), 6),
         "file": path.name, "bytes": writer.bytes, "sha256": writer.sha256,
     }  # fmt: skip
+
+
+def sequences_of(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of every sequence in packs (n,) of any version: source and weight as in the file (0 and 1 in version 1), its
+    tokens int64, and how many of them are trained int64; each (sequences,), pack after pack."""
+    cu = records["cu_seqlens"].astype(np.int64)
+    used = np.diff(cu) > 0
+    starts = (cu[:, :-1] + np.arange(len(cu))[:, None] * records["loss_mask"].shape[1])[used]
+    lengths = np.diff(cu)[used]
+    before = np.zeros(records["loss_mask"].size + 1, np.int64)
+    np.cumsum(records["loss_mask"].reshape(-1), out=before[1:])
+    trained = before[starts + lengths] - before[starts]
+    if "source" not in records.dtype.names:
+        return np.zeros(len(starts), np.uint16), np.ones(len(starts), np.float32), lengths, trained
+    return records["source"][used], records["weight"][used], lengths, trained
 
 
 def _bridge_columns(records: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -218,7 +254,7 @@ def read_pack(path: str | Path, index: int) -> tuple[np.ndarray, np.ndarray, np.
     if path.suffix != ".parquet":
         packs = open_packs(path)
         _check_index(path, index, len(packs))
-        ids, mask, cu = packs[index]
+        ids, mask, cu = (packs[index][name] for name in ("input_ids", "loss_mask", "cu_seqlens"))
         cu = cu[: int((np.diff(cu) > 0).sum()) + 1]
         return np.array(ids[: cu[-1]]), np.array(mask[: cu[-1]]), np.array(cu)
 
@@ -242,6 +278,19 @@ def read_pack(path: str | Path, index: int) -> tuple[np.ndarray, np.ndarray, np.
     return ids, mask, cu
 
 
+def read_sequences(path: str | Path, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """source uint16 and weight float32 (sequences,) of a pack's sequences; None where the format has no place for
+    them (version 1, Parquet). Raises UserError when there is no such pack."""
+    if Path(path).suffix == ".parquet":
+        return None
+    packs = open_packs(path)
+    _check_index(Path(path), index, len(packs))
+    if "source" not in packs.dtype.names:
+        return None
+    used = np.diff(packs[index]["cu_seqlens"]) > 0
+    return packs[index]["source"][used], packs[index]["weight"][used]
+
+
 def read_metadata(directory: str | Path) -> dict:
     """The metadata of a finished output; UserError where there is none or one of another format version."""
     import orjson
@@ -254,18 +303,18 @@ def read_metadata(directory: str | Path) -> dict:
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON ({error}): prepare the data again with recipes/prep.py") from None
     found = (metadata.get("format"), metadata.get("version")) if isinstance(metadata, dict) else None
-    if found != (FORMAT, VERSION):
+    if found not in [(FORMAT, version) for version in READABLE]:
         raise UserError(f"{path} says format, version {found}, not {(FORMAT, VERSION)}: prepare the data again")
     return metadata
 
 
 def _is_pack(dtype: np.dtype) -> bool:
-    """Whether dtype is `pack_dtype` of some sizes."""
-    if dtype.names != ("input_ids", "loss_mask", "cu_seqlens"):
+    """Whether dtype is `pack_dtype` of some sizes, in any version."""
+    try:
+        pack_size, boundaries = dtype["input_ids"].shape[0], dtype["cu_seqlens"].shape[0]
+        return any(dtype == pack_dtype(pack_size, boundaries - 1, version) for version in READABLE)
+    except (KeyError, IndexError, TypeError, ValueError):  # fields that are missing or no arrays
         return False
-    ids, mask, cu = (dtype[name] for name in dtype.names)
-    shapes = len(ids.shape) == 1 and mask.shape == ids.shape and len(cu.shape) == 1
-    return shapes and (ids.base, mask.base, cu.base) == (np.dtype("<i4"), np.dtype("u1"), np.dtype("<i4"))
 
 
 def _check_index(path: Path, index: int, packs: int) -> None:

@@ -18,6 +18,43 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_sft.data.packed import open_packs
+from nemotron_sft.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+    """What a trained token counts in the loss: `scale` times its sequence's weight and, with per="sequence", divided
+    by the number of the sequence's trained tokens, so that every sequence counts the same whatever its length.
+
+    The loss is divided by the sum of it all, so the scale changes no loss. It makes the mean over a split 1, as
+    without weights, because losses of another kind (balance of experts) are weighed against the number of tokens.
+    """
+
+    per: str = "token"
+    scale: float = 1.0
+    weighted: bool = False  # whether anything counts more or less than another
+
+
+PLAIN = Weighting()
+
+
+def weighting(metadata: dict, per: str) -> Weighting:
+    """The weighting of a prep output. per: "token" or "sequence"; UserError for another word."""
+    if per not in ("token", "sequence"):
+        raise UserError(f"train.loss_per={per}: choose token or sequence")
+    training = metadata["splits"]["training"]
+    equal = {"sequences": training["sequences"], "tokens": training["trained_tokens"], "least": 1, "most": 1}
+    weights = training.get("weights", equal)  # version 1 has none
+    if not weights[f"{per}s"]:
+        raise UserError("every sequence of the training data has weight 0: there is nothing to train on")
+    weighted = per == "sequence" or not weights["least"] == weights["most"] == 1
+    return Weighting(per, training["trained_tokens"] / weights[f"{per}s"], weighted)
+
+
+def dataset_names(metadata: dict) -> list[str]:
+    """The datasets that the packs of a prep output tell apart, in the order of their numbers; [] if they cannot."""
+    names = [dataset["name"] for dataset in metadata["blend"]["datasets"]]
+    return names if metadata["version"] > 1 or len(names) == 1 else []
 
 
 class PackedDataset:
@@ -26,7 +63,7 @@ class PackedDataset:
     `length` samples in all, so that Megatron's sampler, which counts consumed samples, resumes in mid-epoch.
     Index i is pack `permutation(seed, i // packs)[i % packs]`. With `once_in`, the split is read in order
     and each run of `once_in` samples holds every pack once, then only padding (for validation).
-    context_parallel, tensor_parallel: how many ranks share a row, see `collate`.
+    context_parallel, tensor_parallel: how many ranks share a row; weighting: what tokens count; see `collate`.
     """
 
     def __init__(
@@ -37,10 +74,12 @@ class PackedDataset:
         once_in: int | None = None,
         context_parallel: int = 1,
         tensor_parallel: int = 1,
+        weighting: Weighting = PLAIN,
     ):
         packs = open_packs(path)
         self.count, self.length, self.seed, self.once_in = len(packs), length, seed, once_in
         self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
+        self.weighting = weighting
         # Read, not mapped: pages that were touched would count as this process's memory.
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as there is a data set
         self.offset, self.bytes = packs.offset, packs.dtype.itemsize
@@ -72,7 +111,7 @@ class PackedDataset:
         return records
 
     def collate_fn(self, records: np.ndarray) -> dict:
-        return collate(records, self.context_parallel, self.tensor_parallel)
+        return collate(records, self.context_parallel, self.tensor_parallel, self.weighting)
 
 
 def _numbered(dtype: np.dtype) -> np.dtype:
@@ -90,12 +129,16 @@ def _permutation(packs: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(packs)
 
 
-def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int = 1) -> dict:
+def collate(
+    records: np.ndarray, context_parallel: int = 1, tensor_parallel: int = 1, weighting: Weighting = PLAIN
+) -> dict:
     """Join packs into one THD row and shift the labels.
 
     records: structured array (n,) as in nemotron_sft.data.packed. With T = n * pack_size, returns tensors
-    tokens, labels, position_ids (1, T) int64; loss_mask (1, T) float32; cu_seqlens_q, cu_seqlens_kv (1, m) int32,
-    which cover all of 0..T (a pack's padding is a sequence of its own); max_seqlen_q, max_seqlen_kv () int32;
+    tokens, labels, position_ids (1, T) int64; loss_mask (1, T) float32, what the loss of a position counts (1, unless
+    sequences have weights or `weighting` says otherwise); sources (1, T) int32, the dataset a token is from;
+    cu_seqlens_q, cu_seqlens_kv (1, m) int32, which cover all of 0..T (a pack's padding is a sequence of its own);
+    max_seqlen_q, max_seqlen_kv () int32;
     trained_positions (k,) int64, where loss_mask is not 0, and others up to a multiple of 128 (or T); and counts, a
     dict of plain numbers (tokens, trained, squares = the sum of squared lengths) with the packs' numbers.
 
@@ -127,8 +170,8 @@ def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int
 
     labels, trained = np.append(tokens[1:], 0), np.append(mask[1:], 0) != 0
     labels[last], trained[last] = 0, False
-    loss_mask = trained.astype(np.float32)
-    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+    loss_mask, sources = _weighed(records, trained, cu_seqlens, weighting)
+    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "sources": sources}
     padded = None
     if context_parallel > 1:
         row, cu_seqlens, padded = _pad_documents(
@@ -147,11 +190,28 @@ def collate(records: np.ndarray, context_parallel: int = 1, tensor_parallel: int
     batch["trained_positions"] = torch.from_numpy(_trained_first(row["loss_mask"] != 0, 128))
     counts = {
         "tokens": int(in_row[-1]),
-        "trained": int(trained.sum()),
+        "trained": int((row["loss_mask"] != 0).sum()),
         "squares": int((lengths**2).sum()),
         "packs": records["number"].tolist() if "number" in records.dtype.names else [],
     }
     return batch | {"max_seqlen_q": longest, "max_seqlen_kv": longest, "counts": counts}
+
+
+def _weighed(records: np.ndarray, trained: np.ndarray, cu_seqlens: np.ndarray, weighting: Weighting):
+    """loss_mask (T,) float32 and sources (T,) int32 of a row, see `collate`. trained: (T,) bool, positions with a
+    label to learn; cu_seqlens: (m + 1,), the row's boundaries, which bound packs' padding too."""
+    lengths = np.diff(cu_seqlens)
+    if "weight" not in records.dtype.names:
+        source, weight = np.zeros(len(lengths), np.int32), np.ones(len(lengths), np.float32)
+    else:
+        cu = records["cu_seqlens"]
+        used = np.concatenate([np.diff(cu) > 0, cu[:, -1:] < records["input_ids"].shape[1]], 1)  # last: the padding
+        source, weight = (np.pad(records[name], ((0, 0), (0, 1)))[used] for name in ("source", "weight"))
+    sources = np.repeat(source.astype(np.int32), lengths)
+    weight = weight * np.float32(weighting.scale)
+    if weighting.per == "sequence":
+        weight = weight / np.maximum(1, np.add.reduceat(trained, cu_seqlens[:-1], dtype=np.int64)).astype(np.float32)
+    return np.where(trained, np.repeat(weight, lengths), np.float32(0)), sources
 
 
 def _trained_first(trained: np.ndarray, multiple: int) -> np.ndarray:
@@ -188,10 +248,20 @@ def _pad_documents(row: dict, cu_seqlens, documents, multiple: int, tensor_paral
     return spread, real, padded
 
 
-def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, seed: int, ranks: tuple, **loader):
+def packed_dataset_provider(
+    path: str,
+    packs: dict[str, int],
+    evaluated: int,
+    seed: int,
+    ranks: tuple,
+    weighting: Weighting = PLAIN,
+    sources: int = 0,
+    **loader,
+):
     """Bridge's DatasetProvider over a prep output.
 
     packs: number of packs by split; evaluated: samples per validation; ranks: context and tensor parallel sizes;
+    weighting: what tokens count in the loss; sources: the number of datasets in the packs, 0 if they don't say;
     loader: fields of Bridge's DataloaderConfig.
     (A function, because Bridge's base class is expensive to import.)
     """
@@ -201,6 +271,8 @@ def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, se
     class PackedDatasetProvider(DatasetProvider):
         path: str = ""
         seed: int = 0
+        weighted: bool = weighting.weighted
+        sources: int = 0
 
         def build_datasets(self, context):
             endless = evaluated * 1_000_000  # validation never runs out of samples, whenever it is asked for
@@ -211,10 +283,10 @@ def packed_dataset_provider(path: str, packs: dict[str, int], evaluated: int, se
                 "test": (endless, evaluated),
             }
             return tuple(
-                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks)
+                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks, weighting)
                 if packs[name]
                 else None
                 for name, (length, once_in) in split.items()
             )
 
-    return PackedDatasetProvider(path=path, seed=seed, dataloader_type="single", **loader)
+    return PackedDatasetProvider(path=path, seed=seed, sources=sources, dataloader_type="single", **loader)

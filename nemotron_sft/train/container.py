@@ -32,7 +32,7 @@ def build(config: TrainConfig, metadata: dict | None, data_dir: Path | None, run
     replicas = _rows(container, config, machine)
     _length(container, config, packs, replicas)
     _schedule(container, config)
-    _dataset(container, config, data_dir, packs, machine)
+    _dataset(container, config, metadata, data_dir, machine)
     _checkpoints(container, config, run_dir)
     if metadata and is_hf(container.checkpoint.pretrained_checkpoint):
         hf.load_config(config.init_from)  # Bridge converts while it loads
@@ -148,17 +148,21 @@ def _schedule(container, config: TrainConfig) -> None:
         scheduler.lr_decay_iters = None  # the whole run, whatever length the recipe had in mind
 
 
-def _dataset(container, config: TrainConfig, data_dir: Path | None, packs: dict[str, int], machine: Machine) -> None:
+def _dataset(
+    container, config: TrainConfig, metadata: dict | None, data_dir: Path | None, machine: Machine
+) -> None:
     """Point Bridge to the packs."""
-    from nemotron_sft.train.batches import packed_dataset_provider
+    from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
 
     model, validation = container.model, container.validation
     container.dataset = packed_dataset_provider(
         path=str(data_dir),
-        packs=packs,
+        packs={split: metadata["splits"][split]["packs"] if metadata else 0 for split in SPLITS},
         evaluated=validation.eval_iters * validation.eval_global_batch_size,
         seed=config.seed,
         ranks=(model.context_parallel_size, model.tensor_model_parallel_size),
+        weighting=weighting(metadata, config.train.loss_per) if metadata else PLAIN,
+        sources=len(dataset_names(metadata)) if metadata else 0,
         # On a GPU a process of its own makes the next rows, and a thread pins them, while the step runs.
         num_workers=0 if machine.on_cpu else 1,
         pin_memory=not machine.on_cpu,

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import AtomicFile
+from nemotron_sft.train.batches import dataset_names
 from nemotron_sft.train.start import this_machine
 
 # Dense bf16 matrix products in FLOP/s, from NVIDIA's data sheets. The first name found in the device's counts.
@@ -34,11 +35,17 @@ class Progress:
     and causal attention inside each document, 6 * layers * hidden * length. Recomputed activations don't count, nor
     does what `step` left out.
 
+    By dataset, of the step that the line is about: loss/NAME and trained_tokens/NAME, and in lines of evaluations
+    validation_loss/NAME, validation_tokens/NAME, test_loss/NAME, test_tokens/NAME. A dataset without a trained token in
+    the step is left out. The mean of these losses over their tokens is the loss. Where tokens are weighted
+    (train.loss_per, weights in the data) it is their mean by loss_share/NAME, validation_share/NAME, test_share/NAME.
+
     Raises UserError at the first logged loss that is not a number, naming the packs read since the last line.
     """
 
     def __init__(self, metadata: dict, run_dir: Path, terminal, started: float, rank: int, consumed):
         self.consumed = consumed  # step.ForwardStep
+        self.datasets = dataset_names(metadata)
         split = metadata["splits"]["training"]
         self.tokens_per_pack = split["tokens"] / max(1, split["packs"])
         self.run_dir, self.terminal, self.started, self.rank = run_dir, terminal, started, rank
@@ -53,6 +60,8 @@ class Progress:
     def register(self, manager) -> None:
         for event in ("on_train_start", "on_train_step_end", "on_eval_end", "on_test_end"):
             manager.register(event, getattr(self, event))
+        for event in ("on_train_step_start", "on_eval_start", "on_test_start"):
+            manager.register(event, lambda context: self.consumed.losses.reset())
 
     def on_train_start(self, context) -> None:
         state = context.state
@@ -112,6 +121,7 @@ class Progress:
             trained_fraction=round(self.consumed.trained / max(1, self.consumed.tokens), 4),
             data_wait_ms=round(1000 * self.consumed.waited / steps, 3),
             **self._gpu(state, speed, elapsed),
+            **self._by_dataset(state, "loss", "trained_tokens", "loss_share"),
             seconds=round(time.time() - self.started, 3),
         )
         self.since = step
@@ -150,12 +160,26 @@ class Progress:
             "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         }
 
+    def _by_dataset(self, state, loss: str, tokens: str, share: str) -> dict[str, float]:
+        """The fields by dataset, named as given. All ranks call it, since each has a part of the losses."""
+        if not self.datasets:
+            return {}
+        values: dict[str, float] = {}
+        totals = self.consumed.losses.totals(len(self.datasets))
+        whole = sum(weight for _, weight, _ in totals)
+        for name, (mean, weight, trained) in zip(self.datasets, totals, strict=True):
+            if trained:
+                values |= {f"{loss}/{name}": mean, f"{tokens}/{name}": trained}
+                values |= {f"{share}/{name}": weight / whole} if state.cfg.dataset.weighted else {}
+        return values
+
     def on_eval_end(self, context) -> None:
         step, loss = context.state.train_state.step, from_last_stage(context.total_loss_dict)
         if self.validation and self.validation[-1][0] == step:
             return  # Bridge validates once more after the last step; so does a finished run, started again
         self.validation.append((step, loss))
-        self._write(context.state, step=step, validation_loss=loss)
+        by_dataset = self._by_dataset(context.state, "validation_loss", "validation_tokens", "validation_share")
+        self._write(context.state, step=step, validation_loss=loss, **by_dataset)
         self._line(f"      step {step}  validation loss {loss:.4f}", done=True)
         self._start_interval(context.state)  # the evaluation's time is not the next step's
         self.since = step
@@ -164,13 +188,14 @@ class Progress:
         if self.test is not None:
             return  # a finished run, started again
         self.test = from_last_stage(context.total_loss_dict)
-        self._write(context.state, step=context.state.train_state.step, test_loss=self.test)
+        by_dataset = self._by_dataset(context.state, "test_loss", "test_tokens", "test_share")
+        self._write(context.state, step=context.state.train_state.step, test_loss=self.test, **by_dataset)
 
     def _write(self, state, **values) -> None:
-        if state.cfg.logger.skip_train_metrics_log and state.tensorboard_logger:  # Bridge does not write them
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    state.tensorboard_logger.add_scalar(name, value, values["step"])
+        ours = state.cfg.logger.skip_train_metrics_log  # otherwise Bridge writes those that are not by dataset
+        for name, value in values.items() if state.tensorboard_logger else ():
+            if name != "step" and value is not None and (ours or "/" in name):
+                state.tensorboard_logger.add_scalar(name, value, values["step"])
         if self._metrics:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()

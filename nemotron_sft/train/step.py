@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from nemotron_sft.train.losses import WatchedLosses
+
 
 class ForwardStep:
     """Bridge's GPT forward step, which also adds up what its batches held since `reset`.
@@ -15,7 +17,7 @@ class ForwardStep:
 
     The last layer's MLP and the logits are computed for the tokens that have a loss and no others
     (`skip_untrained`): with a large vocabulary they cost as much as several layers, and much memory. skipped_flops
-    adds up what this rank left out, forward and backward.
+    adds up what this rank left out, forward and backward. losses: by dataset, see `WatchedLosses`.
     """
 
     def __init__(self):
@@ -24,6 +26,8 @@ class ForwardStep:
         self._positions = None  # of the next row's trained tokens
         self._kept = None  # the same, while a forward pass with labels runs
         self._flops_per_token = 0.0
+        self._batch = None
+        self.losses = WatchedLosses()
         self.reset()
 
     def reset(self) -> None:
@@ -40,19 +44,22 @@ class ForwardStep:
         tokens, squares = getattr(state, "_flops_seqlen_sum", 0), getattr(state, "_flops_seqlen_sq_sum", 0)
         self._tokens = self._squares = 0
         watched = None if data_iterator is None else self._watch(data_iterator)
-        result = forward_step(state, watched, model, return_schedule_plan)
+        self._batch = None
+        output, loss_function = forward_step(state, watched, model, return_schedule_plan)
+        if self._batch is not None:
+            loss_function = self.losses.watch(state, model, loss_function, self._batch)
         if self._tokens and state._flops_seqlen_sum is not tokens:  # Bridge counted: the same numbers, from the host
             state._flops_seqlen_sum, state._flops_seqlen_sq_sum = tokens + self._tokens, squares + self._squares
             # Every rank's packs are alike on average: no exchange between ranks in every step.
             state._flops_requires_global_reduce = False
-        return result
+        return output, loss_function
 
     def _watch(self, data_iterator) -> Iterator[dict]:
         while True:
             start = time.perf_counter()
             batch = next(data_iterator)
             self.waited += time.perf_counter() - start
-            counts = batch["counts"]
+            self._batch, counts = batch, batch["counts"]
             self._tokens += counts["tokens"]
             self._squares += counts["squares"]
             self.tokens += counts["tokens"]

@@ -22,13 +22,16 @@ from nemotron_sft.errors import UserError
 PAD = 99
 
 
-def records_of(sequences=200, pack_size=64):
+def records_of(sequences=200, pack_size=64, version=packed.VERSION):
     """Packs of random tokens, laid out with plain loops."""
     random = np.random.default_rng(0)
     lengths = random.integers(1, pack_size + 1, sequences)
     order, bounds = members(pack(lengths, pack_size))
-    packs = np.zeros(len(bounds) - 1, packed.pack_dtype(pack_size, int(np.diff(bounds).max())))
+    packs = packed.empty_packs(len(bounds) - 1, packed.pack_dtype(pack_size, int(np.diff(bounds).max()), version))
     packs["input_ids"] = PAD
+    if version > 1:
+        packs["source"] = random.integers(0, 3, packs["source"].shape)
+        packs["weight"] = random.choice([0, 0.5, 1, 2.5], packs["weight"].shape)
     for record, low, high in zip(packs, bounds, bounds[1:], strict=False):
         cu = np.concatenate([[0], np.cumsum(lengths[order[low:high]])])
         record["input_ids"][: cu[-1]] = random.integers(0, PAD, cu[-1])
@@ -40,12 +43,25 @@ def records_of(sequences=200, pack_size=64):
 
 def write(path, packs, chunk=7):
     """Write packs a few at a time, in the format that the name asks for."""
-    return packed.write_packs(path, (packs[low : low + chunk] for low in range(0, len(packs), chunk)), len(packs))
+    chunks = (packs[low : low + chunk] for low in range(0, len(packs), chunk))
+    return packed.write_packs(path, chunks, len(packs), datasets=3)
 
 
+def by_sequence(packs):
+    """(source, weight, tokens, trained) of every sequence, with plain loops."""
+    found = []
+    for pack in packs:
+        for k, (a, b) in enumerate(pairwise(pack["cu_seqlens"].tolist())):
+            if b > a:
+                source, weight = (pack["source"][k], pack["weight"][k]) if "source" in packs.dtype.names else (0, 1)
+                found.append((int(source), float(weight), b - a, int(pack["loss_mask"][a:b].sum())))
+    return found
+
+
+@pytest.mark.parametrize("version", packed.READABLE)
 @pytest.mark.parametrize("pack_size", [64, 61])  # 61: the record needs alignment padding
-def test_written_packs_are_read_by_plain_numpy_and_by_us(tmp_path, pack_size):
-    records = records_of(pack_size=pack_size)
+def test_written_packs_are_read_by_plain_numpy_and_by_us(tmp_path, pack_size, version):
+    records = records_of(pack_size=pack_size, version=version)
     path = tmp_path / "training.npy"
     split = write(path, records)
     packs = packed.open_packs(path)
@@ -55,11 +71,24 @@ def test_written_packs_are_read_by_plain_numpy_and_by_us(tmp_path, pack_size):
     assert not packs.flags.writeable
     content = path.read_bytes()
     tokens = int(records["cu_seqlens"].max(1).sum())
+    rows = by_sequence(records)
+    assert len(rows) == 200 and {row[0] for row in rows} == ({0, 1, 2} if version > 1 else {0})
+    of = [[row for row in rows if row[0] == number] for number in range(3)]
     assert split == {
         "packs": len(records),
         "sequences": 200,
         "tokens": tokens,
         "trained_tokens": int(records["loss_mask"].sum()),
+        "weights": {
+            "least": min(row[1] for row in rows),
+            "most": max(row[1] for row in rows),
+            "sequences": pytest.approx(sum(row[1] for row in rows)),
+            "tokens": pytest.approx(sum(row[1] * row[3] for row in rows)),
+        },
+        "datasets": [
+            {"sequences": len(some), "tokens": sum(r[2] for r in some), "trained_tokens": sum(r[3] for r in some)}
+            for some in of
+        ],
         "fill": round(tokens / (len(records) * pack_size), 6),
         "file": "training.npy",
         "bytes": len(content),
@@ -179,9 +208,13 @@ def test_other_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "x.npy"
     whole = records_of()
     wide = np.zeros(3, [("input_ids", "<i8", 64), ("loss_mask", "u1", 64), ("cu_seqlens", "<i4", 9)])
+    odd = np.zeros(3, [("input_ids", "<i4", 64), ("loss_mask", "u1", 63), ("cu_seqlens", "<i4", 9)])
+    short = np.zeros(3, packed.pack_dtype(64, 8).descr[:4])
     cases = [
         (lambda: np.save(path, np.zeros(3)), "not packs"),
         (lambda: np.save(path, wide), "not packs"),
+        (lambda: np.save(path, odd), "not packs"),
+        (lambda: np.save(path, short), "not packs"),
         (lambda: np.save(path, whole.reshape(1, -1)), "not packs"),
         (lambda: np.save(path, np.array([{"input_ids": [1]}], object)), "pickled"),
         (lambda: path.write_text("hello"), "no .npy file"),
@@ -202,7 +235,7 @@ def test_metadata_round_trip_and_its_errors(tmp_path):
     assert list(packed.read_metadata(tmp_path).items()) == [*list(metadata.items())[:2], ("z", 3), ("a", 0.5)]
     assert [p.name for p in tmp_path.iterdir()] == ["metadata.json"]
     for text, message in (
-        ('{"format": "nemotron-sft-packed", "version": 2}', "version"),
+        ('{"format": "nemotron-sft-packed", "version": 3}', "version"),
         ("[]", "version"),
         ("{", "no JSON"),
     ):
@@ -228,6 +261,11 @@ def test_parquet_has_bridges_schema_and_reads_back(tmp_path):
     write(tmp_path / "a.npy", records)
     for index in range(len(records)):
         ids, mask, cu = packed.read_pack(tmp_path / "a.npy", index)
+        kept = np.diff(records[index]["cu_seqlens"]) > 0
+        source, weight = packed.read_sequences(tmp_path / "a.npy", index)
+        assert source.tolist() == records[index]["source"][kept].tolist()
+        assert weight.tolist() == records[index]["weight"][kept].tolist()
+        assert packed.read_sequences(path, index) is None
         same_ids, same_mask, same_cu = packed.read_pack(path, index)
         mask[cu[:-1]] = 0  # Bridge's schema has no place for it
         assert ids.tolist() == same_ids.tolist() and cu.tolist() == same_cu.tolist()

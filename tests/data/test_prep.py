@@ -76,7 +76,7 @@ def unpacked(directory):
     for name in packed.SPLITS:
         if not (Path(directory) / f"{name}.npy").exists():
             continue
-        for ids, mask, cu in packs_of(directory, name):
+        for ids, mask, cu, *_ in packs_of(directory, name):
             for a, b in pairwise(cu):
                 if b > a:
                     found[tuple(ids[a:b].tolist()), tuple(mask[a:b].tolist())] += 1
@@ -259,7 +259,7 @@ def test_a_conversation_is_in_one_split(configured, tmp_path):
     tokenizer = load_tokenizer(str(TINY / "tokenizer"))
     seen = {}
     for name in packed.SPLITS:
-        for ids, _, cu in packs_of(tmp_path / "out", name):
+        for ids, _, cu, *_ in packs_of(tmp_path / "out", name):
             for a, b in pairwise(cu):
                 if b > a:
                     question = tokenizer.decode(ids[a:b]).split("user\nq")[1].split("<")[0]

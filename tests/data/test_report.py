@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from nemotron_sft.data import report
 from nemotron_sft.data.chat import load_template
-from nemotron_sft.data.packed import open_packs, pack_dtype, read_metadata, write_metadata, write_packs
+from nemotron_sft.data.packed import empty_packs, open_packs, pack_dtype, read_metadata, write_metadata, write_packs
 from nemotron_sft.data.packing import members, pack
 from nemotron_sft.data.tokens import load_tokenizer, tokenize
 from nemotron_sft.errors import UserError
@@ -37,7 +37,7 @@ def make_output(directory: Path, tokenizer, name="training.npy", records=60) -> 
     ids, mask, offsets = tokenize(tokenizer, [s for chat in chats for s in template.sequences(chat)])
     lengths = np.diff(offsets)
     order, bounds = members(pack(lengths, PACK_SIZE))
-    packs = np.zeros(len(bounds) - 1, pack_dtype(PACK_SIZE, int(np.diff(bounds).max())))
+    packs = empty_packs(len(bounds) - 1, pack_dtype(PACK_SIZE, int(np.diff(bounds).max())))
     packs["input_ids"] = tokenizer.pad_id
     for record, low, high in zip(packs, bounds, bounds[1:], strict=False):
         place = 0

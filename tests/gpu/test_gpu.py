@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from nemotron_sft.data.packed import pack_dtype  # noqa: E402
+from nemotron_sft.data.packed import empty_packs, pack_dtype  # noqa: E402
 from nemotron_sft.train.batches import collate  # noqa: E402
 from nemotron_sft.train.tuning import use_what_is_installed  # noqa: E402
 
@@ -23,7 +23,7 @@ LENGTHS = [[100, 300, 500, 60], [1, 2, 3, 700, 200], [1024], [513, 511]]
 
 def make_packs(lengths_per_pack, seed=0):
     rng = np.random.default_rng(seed)
-    records = np.zeros(len(lengths_per_pack), pack_dtype(PACK, 8))
+    records = empty_packs(len(lengths_per_pack), pack_dtype(PACK, 8))
     for record, lengths in zip(records, lengths_per_pack, strict=True):
         ends = np.cumsum([0, *lengths])
         record["cu_seqlens"] = ends[-1]
@@ -148,7 +148,7 @@ def test_packed_loss_is_the_loss_of_the_documents_alone(model):
     for number, (record, lengths) in enumerate(zip(records, LENGTHS, strict=True)):
         ends = np.cumsum([0, *lengths])
         for start, end in itertools.pairwise(ends):
-            alone = np.zeros(1, pack_dtype(-(-(end - start) // 16) * 16, 1))
+            alone = empty_packs(1, pack_dtype(-(-(end - start) // 16) * 16, 1))
             alone["cu_seqlens"][0] = 0, end - start
             alone["input_ids"][0, : end - start] = record["input_ids"][start:end]
             alone["loss_mask"][0, : end - start] = record["loss_mask"][start:end]

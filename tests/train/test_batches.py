@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_sft.data.packed import PackWriter, pack_dtype
+from nemotron_sft.data.packed import PackWriter, empty_packs, pack_dtype
 from nemotron_sft.train.batches import PackedDataset, collate
 
 PACK = 64
@@ -17,7 +17,7 @@ VOCABULARY = 256
 def make_packs(lengths_per_pack, seed=0):
     """Packs of random tokens with documents of the given lengths; the second half of each document is trained."""
     rng = np.random.default_rng(seed)
-    records = np.zeros(len(lengths_per_pack), pack_dtype(PACK, max(map(len, lengths_per_pack))))
+    records = empty_packs(len(lengths_per_pack), pack_dtype(PACK, max(map(len, lengths_per_pack))))
     for record, lengths in zip(records, lengths_per_pack, strict=True):
         ends = np.cumsum([0, *lengths])
         record["cu_seqlens"] = ends[-1]

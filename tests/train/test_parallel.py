@@ -1,14 +1,19 @@
 """Two CPU ranks (gloo): every split of the model and the data gives the losses of one process."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL, TORCHRUN, losses, run
+
+from nemotron_sft.data import packed
 
 pytestmark = pytest.mark.slow
 STEPS = ["train.train_iters=20", "validation.eval_interval=20", "model.num_query_groups=2"]
@@ -23,6 +28,33 @@ def train(ranks, data, run_dir, *overrides):
 
 
 @pytest.fixture(scope="module")
+def tiny_data(tiny_data, tmp_path_factory):
+    """The tiny data as if of three datasets, so that losses by dataset differ."""
+    directory = shutil.copytree(tiny_data, tmp_path_factory.mktemp("data") / "three")
+    metadata = packed.read_metadata(directory)
+    metadata["blend"]["datasets"] = [metadata["blend"]["datasets"][0] | {"name": name} for name in "abc"]
+    for split in metadata["splits"].values():
+        packs = np.load(directory / split["file"], mmap_mode="r+")
+        packs["source"] = np.arange(packs["source"].size).reshape(packs["source"].shape) % 3
+        packs.flush()
+    packed.write_metadata(directory, metadata)
+    return directory
+
+
+def by_dataset(run_dir):
+    """Of training lines and the validation: {step: {dataset: (loss, tokens)}}, which have to give the line's loss."""
+    found = {}
+    for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        loss, tokens = ("loss", "trained_tokens") if "loss" in line else ("validation_loss", "validation_tokens")
+        if loss in line:
+            parts = {name: (line[f"{loss}/{name}"], line[f"{tokens}/{name}"]) for name in "abc"}
+            total = sum(count for _, count in parts.values())
+            assert sum(mean * count for mean, count in parts.values()) / total == pytest.approx(line[loss], rel=1e-5)
+            found[line["step"], loss] = np.array(list(parts.values()))
+    return found
+
+
+@pytest.fixture(scope="module")
 def weights(tiny_data, tmp_path_factory):
     """A checkpoint to start from: random weights are drawn in another order when the model is split."""
     run_dir = tmp_path_factory.mktemp("weights") / "run"
@@ -32,7 +64,8 @@ def weights(tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tiny_data, weights, tmp_path_factory):
-    return train(1, tiny_data, tmp_path_factory.mktemp("alone") / "run", weights)
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    return train(1, tiny_data, run_dir, weights), by_dataset(run_dir)
 
 
 SPLITS = {
@@ -45,7 +78,12 @@ SPLITS = {
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_split_run_has_the_losses_of_one_process(split, tiny_data, weights, alone, tmp_path):
+    alone, parts_alone = alone
     split_losses = train(2, tiny_data, tmp_path / "run", weights, *SPLITS[split])
+    parts = by_dataset(tmp_path / "run")
+    assert parts.keys() == parts_alone.keys() and len(parts) == 21
+    for key, values in parts.items():
+        assert values == pytest.approx(parts_alone[key], abs=1e-4)
     assert len(split_losses) == 20
     assert split_losses == pytest.approx(alone, abs=1e-4)
     if split != "TP":

@@ -15,7 +15,10 @@ def run_steps(tmp_path, losses, monkeypatch):
     consumed = ForwardStep()
     split = {"tokens": 800, "packs": 10}
     terminal = SimpleNamespace(isatty=lambda: False, write=lambda text: None, flush=lambda: None)
-    progress = Progress({"splits": {"training": split}}, tmp_path, terminal, 0.0, 0, consumed)
+    blend = {"datasets": [{"name": "a"}, {"name": "b"}]}
+    progress = Progress(
+        {"version": 1, "blend": blend, "splits": {"training": split}}, tmp_path, terminal, 0.0, 0, consumed
+    )
     progress.tracked = SimpleNamespace(log=lambda **values: None)
     monkeypatch.setattr(progress, "_gpu", lambda *arguments: {})
     monkeypatch.setattr("nemotron_sft.train.progress.from_last_stage", lambda loss: loss)
