@@ -148,9 +148,7 @@ def _schedule(container, config: TrainConfig) -> None:
         scheduler.lr_decay_iters = None  # the whole run, whatever length the recipe had in mind
 
 
-def _dataset(
-    container, config: TrainConfig, metadata: dict | None, data_dir: Path | None, machine: Machine
-) -> None:
+def _dataset(container, config: TrainConfig, metadata: dict | None, data_dir: Path | None, machine: Machine) -> None:
     """Point Bridge to the packs."""
     from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
 

@@ -29,8 +29,8 @@ class WatchedLosses:
 
     def watch(self, state, model, loss_function: Callable, batch: dict) -> Callable:
         """`loss_function`, which Bridge has made for `batch` (see batches.collate), watched."""
-        from megatron.core.utils import get_model_config
         from megatron.bridge.training.utils.pg_utils import get_pg_collection
+        from megatron.core.utils import get_model_config
 
         data, config = state.cfg.dataset, get_model_config(model)
         if data.weighted and config.finalize_model_grads_func != self._finalize:

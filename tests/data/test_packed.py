@@ -50,11 +50,11 @@ def write(path, packs, chunk=7):
 def by_sequence(packs):
     """(source, weight, tokens, trained) of every sequence, with plain loops."""
     found = []
-    for pack in packs:
-        for k, (a, b) in enumerate(pairwise(pack["cu_seqlens"].tolist())):
+    for one in packs:
+        for k, (a, b) in enumerate(pairwise(one["cu_seqlens"].tolist())):
             if b > a:
-                source, weight = (pack["source"][k], pack["weight"][k]) if "source" in packs.dtype.names else (0, 1)
-                found.append((int(source), float(weight), b - a, int(pack["loss_mask"][a:b].sum())))
+                source, weight = (one["source"][k], one["weight"][k]) if "source" in packs.dtype.names else (0, 1)
+                found.append((int(source), float(weight), b - a, int(one["loss_mask"][a:b].sum())))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a token counts: weights of sequences, a loss per sequence, and losses by dataset, equal to what a hand computes."""
+"""What a token counts: weights of sequences, loss per sequence, losses by dataset, equal to what a hand computes."""
 
 import json
 import math
@@ -85,7 +85,7 @@ def test_the_mean_over_a_split_is_1(tmp_path, tiny_data):
         chosen = weighting(metadata, per)
         assert chosen.weighted
         mask, source = (collate(records, 1, 1, chosen)[name] for name in ("loss_mask", "sources"))
-        _, weight, _, trained = packed.sequences_of(records)
+        *_, trained = packed.sequences_of(records)
         assert mask.sum() == pytest.approx(trained.sum(), rel=0.1)  # a sequence's first token is never a target
     records["weight"] = 1
     assert weighting(metadata_of(records, tmp_path, tiny_data), "token") == PLAIN
@@ -146,8 +146,8 @@ def test_losses_equal_what_a_hand_computes_on_any_division(tmp_path, tiny_data):
     for lines in runs.values():
         assert len(lines) == len(tokens)
         for line, other in zip(lines, runs["one"], strict=True):
-            for key in ("loss", "grad_norm", "validation_loss"):
-                assert line.get(key) == pytest.approx(other.get(key), rel=1e-5)
+            for key in {"loss", "grad_norm", "validation_loss"} & line.keys():
+                assert line[key] == pytest.approx(other[key], rel=1e-5)
             kind = "loss" if "loss" in line else "validation_loss"
             shares = by_dataset(line, "loss_share" if kind == "loss" else "validation_share")
             losses = by_dataset(line, kind)
