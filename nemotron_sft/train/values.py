@@ -16,7 +16,7 @@ from nemotron_sft.config import Bridge, is_none
 from nemotron_sft.errors import UserError
 
 # Keys of ours that are no field of the Bridge dataclass; container.py derives what Bridge needs from them.
-OURS = {"name", "recipe", "provider", "hf", "epochs", "packs_per_microbatch", "load", "scheme", "bridge"}
+OURS = {"name", "recipe", "provider", "hf", "epochs", "packs_per_microbatch", "loss_per", "load", "scheme", "bridge"}
 
 
 def given(section: Bridge) -> dict[str, Any]:
