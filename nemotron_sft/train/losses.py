@@ -68,7 +68,7 @@ class WatchedLosses:
         import torch
 
         if num_tokens is not None:
-            num_tokens = torch.zeros((), dtype=torch.float64, device="cuda") if self._weight is None else self._weight
+            num_tokens = torch.zeros((), device="cuda") if self._weight is None else self._weight.float()
         self._weight = None
         self._bridges(model, num_tokens, **groups)
 
