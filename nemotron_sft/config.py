@@ -194,6 +194,8 @@ class Prep:
     messages_field: str = MISSING
     tools_field: str = MISSING
     max_drop_ratio: float = MISSING
+    dedup: bool = MISSING
+    decontaminate: list[str] = MISSING  # files of evaluation sets
     sample: int | None = MISSING  # records per data set
     seed: int = MISSING
     format: str = MISSING  # npy | parquet

@@ -14,7 +14,7 @@ import numpy as np
 
 from nemotron_sft import __version__
 from nemotron_sft.config import Prep
-from nemotron_sft.data import packed, reading, report
+from nemotron_sft.data import duplicates, packed, reading, report
 from nemotron_sft.data.packed import SPLITS
 from nemotron_sft.data.plan import Plan, template_options
 from nemotron_sft.data.spool import Spool
@@ -46,7 +46,12 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
     with ExitStack() as stack:
         _allow_open_files(len(todo.units))
         spools = [stack.enter_context(Spool(todo.spool(unit))) for unit in todo.units]
+        repeats = duplicates.find_duplicates(spools)
+        if cfg.dedup:
+            duplicates.leave_out(repeats, spools)
         mix = _mix(todo, [spool.stats for spool in spools])
+        for entry, about in zip(mix, duplicates.describe(repeats, spools, todo), strict=True):
+            entry["duplicates"] = about
         _check_drops(mix, cfg.max_drop_ratio)
         _check_records(mix, todo)
         conversations, sequences = _load(spools)
@@ -78,6 +83,8 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         "lengths": {"edges": LENGTH_EDGES, "counts": lengths},
         "over_long": cfg.over_long,
         "max_drop_ratio": cfg.max_drop_ratio,
+        "dedup": cfg.dedup,
+        "decontaminate": todo.evaluation.describe() if todo.evaluation else None,
         "sample": cfg.sample,
         "seed": cfg.seed,
         "inputs": [{"dataset": todo.datasets[number].name, "path": file.label, "bytes": file.bytes, "stamp": file.stamp}
@@ -141,6 +148,8 @@ def _check_records(mix: list[dict], todo: Plan) -> None:
             reason = f"no records in {dataset.path}"
         elif not matched:
             reason = f"none of {entry['records_read']:,} records matches its filter {dataset.filter}"
+        elif entry["records_kept"] == 0 and entry["duplicates"]["count"]:
+            reason = f"each of {matched:,} records repeats an earlier one"
         elif not entry["dropped"]:
             reason = f"weight={dataset.weight:g} takes none of {matched:,} records"
         else:

@@ -16,6 +16,7 @@ from nemotron_sft.config import Prep
 from nemotron_sft.data import reading, sources
 from nemotron_sft.data.blend import Dataset, load_blend
 from nemotron_sft.data.chat import BUILT_IN, Template, load_template
+from nemotron_sft.data.decontaminate import Evaluation, load_evaluation
 from nemotron_sft.data.forms import Form, detect
 from nemotron_sft.data.reading import File, Piece
 from nemotron_sft.data.tokens import Tokenizer, load_tokenizer
@@ -51,6 +52,7 @@ class Plan:
     pack_size: int
     truncate: bool
     forms: tuple[Form, ...]  # of the datasets
+    evaluation: Evaluation | None  # whose texts no record may share
     sample: int | None
     seed: int
     drops_allowed: bool
@@ -101,8 +103,9 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
     template = load_template(**template_options(cfg, tokenizer))
     _belong_together(template, tokenizer)
     unit_bytes = max(UNIT_BYTES, inputs.bytes // MAX_UNITS)
-    shaping = [1, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.sample, cfg.seed,
-               cfg.max_drop_ratio > 0]  # fmt: skip
+    evaluation = load_evaluation(cfg.decontaminate)
+    shaping = [2, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.sample, cfg.seed,
+               cfg.max_drop_ratio > 0, evaluation.stamps if evaluation else []]  # fmt: skip
     forms = [_form(cfg, dataset, files) for dataset, files in zip(datasets, found, strict=True)]
     units = []
     for index, (dataset, files) in enumerate(zip(datasets, found, strict=True)):
@@ -126,10 +129,11 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
         pack_size=cfg.pack_size,
         truncate=cfg.over_long == "truncate",
         forms=tuple(forms),
+        evaluation=evaluation,
         sample=cfg.sample,
         seed=cfg.seed,
         drops_allowed=cfg.max_drop_ratio > 0,
-        fingerprint=_digest(keys, asdict(cfg.split), cfg.max_drop_ratio, cfg.format, tokenizer.pad_id),
+        fingerprint=_digest(keys, asdict(cfg.split), cfg.max_drop_ratio, cfg.dedup, cfg.format, tokenizer.pad_id),
     )
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from nemotron_sft.config import Prep
 from nemotron_sft.console import progress, say
 from nemotron_sft.data import plan as plans
+from nemotron_sft.data.decontaminate import WORDS
 from nemotron_sft.data.merge import merge
 from nemotron_sft.data.packed import read_metadata
 from nemotron_sft.data.packing import pack
@@ -67,7 +68,7 @@ def run(cfg: Prep) -> dict:
                 shutil.rmtree(directory / "spool", ignore_errors=True)
         elif found := finished(todo):
             return {**found, "directory": str(directory), "unchanged": True}
-        describe_forms(todo)
+        describe_inputs(todo)
         if workers > 1 and len(todo.units) > 1 and not pool:
             pool = stack.enter_context(start_workers(workers, cfg))
         run_units(todo, pool)
@@ -98,10 +99,15 @@ def run_shard(cfg: Prep) -> str:
     return f"shard {cfg.shard} of {cfg.shards}: {len(mine)} of {len(todo.units)} units in {todo.directory / 'spool'}"
 
 
-def describe_forms(todo: Plan) -> None:
-    """Say how each dataset is read, one line each."""
+def describe_inputs(todo: Plan) -> None:
+    """Say how each dataset is read, and what it is compared with, one line each."""
     for dataset, form in zip(todo.datasets, todo.forms, strict=True):
         say(f"data set {dataset.name}: {form}{'' if dataset.form else ', by its first records'}")
+    if todo.evaluation:
+        about = todo.evaluation.describe()
+        short = f"; {about['too_short']:,} are too short to be found again" if about["too_short"] else ""
+        found = f"{about['records']:,} records, {about['runs']:,} runs of {WORDS} words"
+        say(f"decontaminate: {', '.join(about['files'])}: {found}{short}")
 
 
 @contextmanager

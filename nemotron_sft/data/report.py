@@ -40,17 +40,17 @@ def print_report(metadata: dict) -> None:
     )  # fmt: skip
     table(
         "Records",
-        ["data set", "read", "kept", "dropped", "truncated sequences"],
+        ["data set", "read", "kept", "dropped", "repeated", "truncated sequences"],
         [
-            (
-                name,
-                number(d["records_read"]),
-                number(d["records_kept"]),
-                number(dropped(d)),
-                number(d["truncated"]),
-            )
+            (name, number(d["records_read"]), number(d["records_kept"]), number(dropped(d)),
+             number(duplicates(d)["count"]), number(d["truncated"]))
             for name, d in zip(names, datasets, strict=True)
         ],
+    )  # fmt: skip
+    table(
+        "Forms",
+        ["data set", "form", "records with"],
+        [(name, escape(visible(d.get("form", "-"))), flags(d)) for name, d in zip(names, datasets, strict=True)],
     )
     table(
         f"Packs of {metadata['pack_size']:,} tokens",
@@ -72,6 +72,11 @@ def print_report(metadata: dict) -> None:
             detail = f" ({drop['detail']})" if drop["detail"] else ""
             where = f"{drop['dataset']}, first at {drop['first']}{detail}"
             out.print(visible(f"  {number(drop['count'])} x {drop['reason']}: {where}"), markup=False)
+    if repeats := all_duplicates(metadata):
+        what = "left out" if metadata["dedup"] else "kept; dedup=true leaves them out"
+        out.print(f"Conversations that an earlier record has ({what})", style="bold")
+        for repeat in repeats:
+            out.print(visible(f"  {repeat['dataset']}: {repeat['at']} repeats {repeat['repeats']}"), markup=False)
     out.print(f"{metadata['wall_seconds']:,.1f} s, {metadata['tokens_per_second']:,.0f} tokens/s")
 
 
@@ -109,7 +114,8 @@ def write_report(directory: str | Path, metadata: dict, tokenizer: Tokenizer | N
     ]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "number": number, "percent": percent, "size": size, "marked": marked, "drops": dropped,
+        "number": number, "percent": percent, "size": size, "marked": marked, "drops": dropped, "flags": flags,
+        "repeats": lambda d: duplicates(d)["count"],
         "size_of_tokens": lambda n: number(n) if n < 1024 else f"{n / 1024:g}k",
     }  # fmt: skip
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
@@ -120,6 +126,7 @@ def write_report(directory: str | Path, metadata: dict, tokenizer: Tokenizer | N
         largest_share=max([d[key] for d in datasets for key in ("requested_share", "realised_share")] + [1e-9]),
         histogram=histogram(metadata),
         drops=all_drops(metadata),
+        repeats=all_duplicates(metadata),
         packs=_shown_packs(directory, metadata, tokenizer or open_tokenizer(metadata)),
     )
     with AtomicFile(directory / "report.html") as file:
@@ -206,6 +213,25 @@ def all_drops(metadata: dict) -> list[dict]:
         for reason, drop in d["dropped"].items()
     ]
     return sorted(drops, key=lambda drop: -drop["count"])
+
+
+def duplicates(dataset: dict) -> dict:
+    """How many records of a data set repeat an earlier one, and examples; older outputs do not say."""
+    return dataset.get("duplicates", {"count": 0, "examples": []})
+
+
+def all_duplicates(metadata: dict) -> list[dict]:
+    """The examples of all data sets, each with dataset, at and repeats."""
+    return [
+        {"dataset": d["name"], **example}
+        for d in metadata["blend"]["datasets"]
+        for example in duplicates(d)["examples"]
+    ]
+
+
+def flags(dataset: dict) -> str:
+    """What was found in a data set's records beside roles and texts, and in how many of them."""
+    return ", ".join(f"{name} {number(count)}" for name, count in dataset.get("flags", {}).items()) or "-"
 
 
 def histogram(metadata: dict) -> list[dict]:

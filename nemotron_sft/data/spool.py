@@ -20,9 +20,11 @@ import numpy as np
 
 from nemotron_sft.errors import UserError
 
-# conversation: hash of the conversation a sequence comes from; copies: how often it enters the data.
-INDEX = np.dtype([("conversation", "<u8"), ("length", "<i4"), ("trained", "<i4"), ("copies", "<u2")])
-MAGIC = b"spool-1\n"
+# conversation: hash of the conversation a sequence comes from; copies: how often it enters the data; piece, position:
+# its record, in the unit's piece of that number.
+INDEX = np.dtype([("conversation", "<u8"), ("length", "<i4"), ("trained", "<i4"), ("copies", "<u2"), ("piece", "<u4"),
+                  ("position", "<u8")])  # fmt: skip
+MAGIC = b"spool-2\n"
 
 
 class SpoolWriter:
@@ -59,7 +61,8 @@ class SpoolWriter:
 
 
 class Spool:
-    """A committed spool file. `stats`: the statistics of its unit.
+    """A committed spool file. stats: the statistics of its unit; left_out: (sequences,) bool, those that are to have
+    no copies, None for none.
 
     Tokens are read with `pread`, not mapped: the kernel maps many pages around each one touched, and read in
     the random order of packs they would pile up in the process until memory grew with the data.
@@ -73,11 +76,15 @@ class Spool:
         if footer[24:] != MAGIC or self._tokens + self._index + text + 32 != size:
             os.close(self.fd)
             raise UserError(f"{path} is damaged: delete it and rerun")
+        self.left_out: np.ndarray | None = None
         self.stats: dict = json.loads(os.pread(self.fd, text, self._tokens + self._index))
 
     def index(self) -> np.ndarray:
         """(sequences,) of INDEX, read from the file."""
-        return np.frombuffer(os.pread(self.fd, self._index, self._tokens), INDEX)
+        index = np.frombuffer(bytearray(os.pread(self.fd, self._index, self._tokens)), INDEX)
+        if self.left_out is not None:
+            index["copies"][self.left_out] = 0
+        return index
 
     def read_into(self, target: memoryview, start: int) -> None:
         """Fill `target`, a memoryview of bytes, with the tokens from byte `start` of the file on."""

@@ -30,7 +30,8 @@ from nemotron_sft.errors import UserError
 
 LENGTH_EDGES = [0, *(2**k for k in range(4, 21))]  # of the length histogram, in tokens
 BATCH_CHARACTERS = 2 << 20  # of text tokenized in one call
-CHOSEN = ("longer than pack_size", "no trained token within pack_size")  # drops that the settings ask for
+CONTAMINATED = "in an evaluation set"
+CHOSEN = ("longer than pack_size", "no trained token within pack_size", CONTAMINATED)  # drops that the settings ask for
 SUMS = ("records_read", "records_matched", "records_kept", "passes", "sequences", "tokens", "trained_tokens",
         "truncated")  # fmt: skip
 
@@ -108,6 +109,8 @@ class _Work:
     def rendered(self, record: dict) -> tuple[int, list]:
         """A record's conversation as its hash, and its training sequences. Raises ChatError."""
         messages, tools = self.form.conversation(record, self.flags)
+        if self.todo.evaluation and (shared := self.todo.evaluation.shared(messages)):
+            raise ChatError(CONTAMINATED, shared)
         options = per_record(record)
         self.flags.update(options.keys())
         sequences = self.todo.template.training_sequences(messages, tools, **options)
@@ -173,6 +176,7 @@ class _Work:
         index["conversation"] = np.array(batch.conversations, np.uint64)[good]
         index["copies"] = np.array(batch.copies, np.uint16)[good]
         index["length"], index["trained"] = kept[good], trained[good]
+        index["piece"], index["position"] = np.array(batch.origins, np.uint64).reshape(-1, 2)[good].T
         spool.append(signed, index)
 
         counted = np.histogram(np.minimum(lengths, LENGTH_EDGES[-1]), LENGTH_EDGES)[0]
