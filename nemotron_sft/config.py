@@ -227,6 +227,7 @@ class Data:
 
     path: str = MISSING  # its directory, or "latest"
     verify: str = MISSING  # sizes | full
+    other_tokenizer: bool = MISSING  # than the model's
 
 
 @dataclass

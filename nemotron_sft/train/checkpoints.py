@@ -36,9 +36,9 @@ def starting_point(init_from: str) -> str | None:
             return str(path)
         for root in (path, path / "checkpoints"):
             if newest := newest_iteration(root):
-                return str(newest)
+                return str(_whole_model(newest, init_from))
             if (root / "run_config.yaml").exists():
-                return str(root)
+                return str(_whole_model(root, init_from))
         raise UserError(
             f"init_from={init_from} holds neither a Megatron checkpoint nor a Hugging Face model (config.json and "
             "safetensors)"
@@ -51,6 +51,16 @@ def starting_point(init_from: str) -> str | None:
         return snapshot_download(init_from, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.py"])
     except Exception as error:  # of the network, of access rights, of a name that does not exist
         raise UserError(f"init_from={init_from} could not be downloaded: {first_line(error)}") from None
+
+
+def _whole_model(iteration: Path, init_from: str) -> Path:
+    """The same checkpoint. Raises UserError for one of adapters alone."""
+    if (iteration / "run_config.yaml").exists() and run_of(iteration).get("peft"):
+        raise UserError(
+            f"init_from={init_from} holds adapters alone: export that run, which merges them with their base, and "
+            "start from the export"
+        )
+    return iteration
 
 
 def is_hf(directory: str | None) -> bool:
@@ -142,16 +152,16 @@ def provider_of(iteration: Path):
 
 def run_of(iteration: Path) -> dict:
     """Bridge's full config of the run that wrote a checkpoint directory iter_*."""
-    from megatron.bridge.training.utils.checkpoint_utils import read_run_config
+    import yaml
 
-    return read_run_config(str(iteration / "run_config.yaml"))
+    return yaml.load((iteration / "run_config.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def base_of(run: dict) -> Path:
     """Where the frozen weights of a run with adapters are. Raises UserError if they are there no more."""
     base = Path(run["checkpoint"]["pretrained_checkpoint"])
     if not base.is_dir():
-        raise UserError(f"{base}, the model that the adapters were trained for, is not there any more: put it back")
+        raise UserError(f"{base}, the model that this run's adapters were trained on, is not there: put it back")
     return base if is_hf(str(base)) else newest_checkpoint(base)
 
 

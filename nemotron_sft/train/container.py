@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
-from nemotron_sft.train import hf, tuning, values
+from nemotron_sft.train import hf, peft, tuning, values
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.start import Machine
 from nemotron_sft.train.topology import check_topology
@@ -55,7 +55,7 @@ def _settings(container, config: TrainConfig, machine: Machine) -> None:
         tuning.fuse_activation(container.model)
     if getattr(container.model, "hybrid_layer_pattern", None):
         container.model.is_hybrid_model = True  # a bare HybridModelProvider does not say so, and Bridge's step asks
-    container.peft = _peft(config)
+    container.peft = _peft(config, container.model)
 
 
 def _precision_and_overlap(container, config: TrainConfig) -> None:
@@ -254,19 +254,20 @@ def _provider(config: TrainConfig):
     return known[config.model.provider](**{key: given[key] for key in first if key in given})
 
 
-def _peft(config: TrainConfig):
-    """Bridge's LoRA, or None."""
+def _peft(config: TrainConfig, model):
+    """Bridge's adapters for a model provider, or None."""
     if config.peft.scheme is None:
         return None
-    if config.peft.scheme != "lora":
-        raise UserError(f"peft.scheme={config.peft.scheme}: choose lora, or null")
+    known = peft.schemes()
+    if config.peft.scheme not in known:
+        raise UserError(f"peft.scheme={config.peft.scheme}: choose {', '.join(known)}, or null")
     if config.init_from == "random":
-        raise UserError("peft=lora adapts a trained model: set init_from to one")
-    from megatron.bridge.peft.lora import LoRA
-
-    peft = LoRA()
-    values.apply(config.peft, peft, "peft")
-    return peft
+        raise UserError(f"peft.scheme={config.peft.scheme} adapts a trained model: set init_from to one")
+    adapters = known[config.peft.scheme]()
+    adapters.target_modules = None  # Bridge's own default forgets Mamba
+    values.apply(config.peft, adapters, "peft")
+    peft.settle(adapters, model)
+    return adapters
 
 
 def _fit_vocabulary(model, tokenizer: dict) -> None:

@@ -22,7 +22,7 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.files import AtomicFile
 from nemotron_sft.paths import STARTED, TYPED
 from nemotron_sft.record import wandb
-from nemotron_sft.train import checkpoints, estimate, export, resume, tracked
+from nemotron_sft.train import checkpoints, estimate, export, resume, tracked, vocabulary
 from nemotron_sft.train.checkpoints import starting_point
 from nemotron_sft.train.compat.cpu import adapt
 from nemotron_sft.train.container import build, resume_from
@@ -116,6 +116,7 @@ def settle(config: TrainConfig, composed: DictConfig, machine: Machine) -> Run:
     composed.data.path = str(data_dir)  # a resumed run, or an export, means the same data whatever is newest by then
     if config.peft.scheme or not resume_from(config, run_dir):
         config.init_from = starting_point(config.init_from) or "random"
+    told = vocabulary.check(config, metadata)
     run = Run(config, composed, machine, data_dir, metadata, run_dir, created=rank == 0 and not run_dir.exists())
     if rank == 0:
         try:
@@ -123,6 +124,8 @@ def settle(config: TrainConfig, composed: DictConfig, machine: Machine) -> Run:
         except OSError as error:
             raise UserError(f"cannot create the run directory {run_dir} ({error.strerror}): set run_dir") from None
         print(f"data {data_dir}  run directory {run_dir}", flush=True)
+        if told:
+            print(told, flush=True)
     return run
 
 
