@@ -40,6 +40,7 @@ lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/mypy
 
 bench-prep: $(READY)
 	$(PYTHON) bench/prep.py

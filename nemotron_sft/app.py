@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nemotron_sft.config import nearest
 from nemotron_sft.console import say
@@ -73,7 +73,7 @@ def fail(message: str) -> None:
 class Parser(argparse.ArgumentParser):
     """Of a plain command: --help keeps the line ends of its texts, and a wrong argument is one line."""
 
-    def __init__(self, **texts: str):
+    def __init__(self, **texts: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
 
     def error(self, message: str) -> NoReturn:
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 def compose(task: Callable, config_name: str) -> None:
     """Let Hydra compose the config and call `task` with it. Raises UserError for whatever Hydra refuses."""
     for name in UNUSED_PLUGINS:
-        sys.modules.setdefault(name, None)
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -93,18 +93,18 @@ def compose(task: Callable, config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = overrides(sys.argv[1:], config_name)
 
-    def checked(cfg):
+    def checked(cfg: Any) -> None:
         if "preflight" not in cfg or not cfg.preflight:  # which runs nothing, and so may run anywhere
             submit.here(cfg.cluster)
         task(cfg)
 
     @functools.wraps(task)
-    def guarded(cfg):  # a `command` in itself, because Hydra adds lines of its own to what a task raises
+    def guarded(cfg: Any) -> None:  # a `command` in itself, because Hydra adds lines of its own to what a task raises
         command(lambda: checked(cfg))
 
     try:
         if {"--help", "-h"} & set(sys.argv):  # Hydra's own lists every group there is, and takes a second more
-            return print(help_text(sys.modules[task.__module__].__doc__, config_name, sys.argv[1:]))
+            return print(help_text(sys.modules[task.__module__].__doc__ or "", config_name, sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, config_name)) from None

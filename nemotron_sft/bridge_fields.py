@@ -54,10 +54,10 @@ def _class_fields(module: str, cls: str) -> frozenset[str]:
             own = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
             bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
             return frozenset(own.union(*(_class_fields(module, base) for base in bases)))
-    for node in ast.walk(tree):  # not defined here: follow the import
-        if isinstance(node, ast.ImportFrom) and node.module:
-            source = _absolute(module, node)
-            for alias in node.names:
+    for statement in ast.walk(tree):  # not defined here: follow the import
+        if isinstance(statement, ast.ImportFrom) and statement.module:
+            source = _absolute(module, statement)
+            for alias in statement.names:
                 if (alias.asname or alias.name) == cls:
                     return _class_fields(source, alias.name)
     return frozenset()
@@ -65,12 +65,13 @@ def _class_fields(module: str, cls: str) -> frozenset[str]:
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
     """The module that an import names, also by dots: one for the package, one more for each level above it."""
+    name = node.module or ""
     if not node.level:
-        return node.module
+        return name
     file = _file(module)
     parts = module.split(".")
-    above = node.level - 1 if file.name == "__init__.py" else node.level
-    return ".".join([*parts[: len(parts) - above], node.module])
+    above = node.level - 1 if file and file.name == "__init__.py" else node.level
+    return ".".join([*parts[: len(parts) - above], name])
 
 
 def _parse(module: str) -> ast.Module | None:
@@ -83,7 +84,7 @@ def _file(module: str) -> Path | None:
     """The source of a module below the `megatron` namespace package, or None if it is not there."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top) if top == "megatron" else None
-    for root in spec.submodule_search_locations if spec else ():
+    for root in (spec and spec.submodule_search_locations) or ():
         path = Path(root, *rest)
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.is_file():

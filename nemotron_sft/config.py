@@ -12,7 +12,7 @@ import difflib
 import functools
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,15 +47,15 @@ def check[T](cfg: DictConfig, schema: type[T]) -> T:
     Raises UserError for an unknown key (naming the nearest one), a value of the wrong type, or a missing value.
     """
     OmegaConf.resolve(cfg)
-    plain = OmegaConf.to_container(cfg, throw_on_missing=False)
+    plain: Any = OmegaConf.to_container(cfg, throw_on_missing=False)
     plain.pop("hydra", None)
     unchecked: list[str] = []
     _fold_bridge_keys(plain, schema, "", unchecked)
     if unchecked:
         _say_unchecked(tuple(unchecked))
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        return OmegaConf.to_object(typed)
+        typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+        return cast(T, typed)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
@@ -112,7 +112,7 @@ def _say_unchecked(keys: tuple[str, ...]) -> None:
 
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass of a field type such as `Train` or `Train | None`."""
-    return next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+    return next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and is_dataclass(t)), None)
 
 
 @dataclass

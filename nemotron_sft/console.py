@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 # C0 controls have pictures of their own; C1 and marks that turn the direction of text are written as escapes.
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
@@ -27,7 +27,7 @@ def say(line: str, file: TextIO | None = None) -> None:
     print(visible(line.replace("\n", " ")), file=file or sys.stderr, flush=True)
 
 
-def console(stderr: bool = False):
+def console(stderr: bool = False) -> Any:
     """A rich Console; tables stay whole when the output is a file or a pipe (width 120 instead of 80)."""
     import rich.console
 
@@ -57,7 +57,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 @contextmanager
-def progress(description: str, total: float | None):
+def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     """Yield `advance(amount, note="")`: a bar on a terminal, otherwise a plain line at most every 5 s."""
     if sys.stderr.isatty():
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

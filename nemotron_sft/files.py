@@ -10,7 +10,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from nemotron_sft.errors import UserError
 
@@ -38,7 +38,7 @@ class AtomicFile:
         self._digest = hashlib.sha256()
         self._block = memoryview(mmap.mmap(-1, self.BLOCK))  # in pages of its own, as direct writes demand
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,11 +51,13 @@ class AtomicFile:
         self._direct(True)
         return self
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         """Append any bytes-like object."""
-        data = memoryview(data).cast("B")
-        hashed = self._hashing.submit(self._digest.update, data) if self._hashing else self._digest.update(data)
-        rest = data
+        view: memoryview = memoryview(data).cast("B")
+        hashed = self._hashing.submit(self._digest.update, view) if self._hashing else None
+        if not hashed:
+            self._digest.update(view)
+        rest = view
         while rest:
             filled = self.bytes % self.BLOCK
             part = rest[: self.BLOCK - filled]
@@ -66,7 +68,7 @@ class AtomicFile:
                 self._write_out(self._block)
         if hashed:
             hashed.result()
-        return data.nbytes
+        return view.nbytes
 
     def tell(self) -> int:
         return self.bytes
@@ -74,7 +76,7 @@ class AtomicFile:
     def flush(self) -> None:  # pyarrow calls it
         pass
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if kind is None:
                 self._direct(False)

@@ -194,6 +194,6 @@ def _source_digest(file: dict, sample: int | None) -> str | None:
 
 def plain(composed: Any) -> dict:
     """The composed config as plain data, without Hydra's own part."""
-    values = OmegaConf.to_container(composed, resolve=True)
+    values: Any = OmegaConf.to_container(composed, resolve=True)
     values.pop("hydra", None)
-    return values
+    return dict(values)

@@ -42,7 +42,7 @@ def _find_here(spec: str, name: str, alias: str, root: Path) -> str:
         )
     output = max(found, key=lambda entry: entry[:2])[2]
     digests.verify(Path(output["path"]), output["files"])
-    return output["path"]
+    return str(output["path"])
 
 
 def _find_online(spec: str, name: str, alias: str, cfg: Tracking, output_dir: Path) -> str:

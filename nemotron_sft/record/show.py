@@ -21,7 +21,7 @@ def print_lineage(path: str | Path) -> None:
     out.print(tree(found, Path(path)), soft_wrap=True)
 
 
-def tree(record: dict, path: Path):
+def tree(record: dict, path: Path) -> Any:
     """The rich Tree of a record."""
     from rich.tree import Tree
 

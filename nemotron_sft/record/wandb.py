@@ -12,13 +12,14 @@ ends the run before the last artifacts are in it, and logs checkpoints under ano
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import queue
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from nemotron_sft.config import Tracking
@@ -48,7 +49,7 @@ def has_key(cfg: Tracking) -> bool:
     return bool(settings.api_key or settings.identity_token_file or requests.utils.get_netrc_auth(settings.base_url))
 
 
-def _quiet_wandb(cfg: Tracking):
+def _quiet_wandb(cfg: Tracking) -> Any:
     """W&B's process-wide set-up, without messages: they would tell a user without an account to log in."""
     import wandb
 
@@ -66,10 +67,11 @@ class Tracker:
 
     def __init__(self, cfg: Tracking, record: dict, directory: Path, tags: list[str], say: Callable[[str], None]):
         self.cfg, self.record, self.directory, self.tags, self.say = cfg, record, directory, tags, say
-        self.run = None
+        self.run: Any = None  # wandb.Run
+        self.status = 0  # of the command
         self.warned = False
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread = None
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         if self.cfg.mode != "disabled" and not self._thread:
@@ -123,7 +125,7 @@ class Tracker:
         self.run.save(str(Path(self.run.dir, lineage.FILE)), base_path=self.run.dir, policy="now")
         self.run.finish(self.status)
 
-    def _open(self):
+    def _open(self) -> Any:
         _quiet_wandb(self.cfg)
         if self.cfg.mode == "wandb":
             try:
@@ -135,7 +137,7 @@ class Tracker:
             return run
         return self._init("offline")
 
-    def _init(self, mode: str):
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         earlier = (self.record["tracking"] or {}).get("id") if mode == "online" else None
@@ -166,11 +168,14 @@ class Tracker:
 
         def use() -> None:
             for entry in self.record["inputs"]:
-                self._attempt(lambda entry=entry: self.run.use_artifact(self._artifact(entry)))
+                self._attempt(functools.partial(self._use_input, entry))
 
         threading.Thread(target=use, name="tracking-inputs", daemon=True).start()
 
-    def _artifact(self, entry: dict):
+    def _use_input(self, entry: dict) -> None:
+        self.run.use_artifact(self._artifact(entry))
+
+    def _artifact(self, entry: dict) -> Any:
         """The W&B artifact of an entry of the record. What is in it depends on the entry's content and place alone, so
         that W&B gives the data a training run reads the version that the prep run logged."""
         import wandb
@@ -204,7 +209,7 @@ class Tracker:
                 made.add_reference(f"file://{quote(str(path))}", name, checksum=False)
         return made
 
-    def _add_json(self, made, path: Path, value: dict) -> None:
+    def _add_json(self, made: Any, path: Path, value: dict) -> None:
         path.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
         made.add_file(str(path), path.name, policy="immutable", skip_cache=True)
 
