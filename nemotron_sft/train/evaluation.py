@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -81,22 +82,44 @@ def _next_tokens(model, rows: list[list[int]]) -> list[int]:
     ends = lengths.cumsum(0)
     boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int().cuda()
     longest = int(lengths.max())
-    logits = model(
-        torch.tensor([token for row in rows for token in row]).cuda()[None],
-        torch.cat([torch.arange(n) for n in lengths]).cuda()[None],
-        None,
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=boundaries,
-            cu_seqlens_kv=boundaries,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            total_tokens=int(ends[-1]),  # Mamba layers take the documents' boundaries from what this derives
-        ),
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        total_tokens=int(ends[-1]),  # Mamba layers take the documents' boundaries from what this derives
     )
+    tokens = torch.tensor([token for row in rows for token in row]).cuda()[None]
+    positions = torch.cat([torch.arange(n) for n in lengths]).cuda()[None]
+    with _logits_at((ends - 1).cuda(), model):
+        logits = model(tokens, positions, None, packed_seq_params=packed)
     if get_tensor_model_parallel_world_size() > 1:
         logits = gather_from_tensor_model_parallel_region(logits)
-    return logits[0, (ends - 1).cuda()].argmax(-1).tolist()
+    if logits.shape[1] != len(rows):
+        logits = logits[:, (ends - 1).cuda()]
+    return logits[0].argmax(-1).tolist()
+
+
+@contextlib.contextmanager
+def _logits_at(places, model):
+    """Compute no logits but those at `places` (k,), unless sequence parallelism divides the hidden states."""
+    from megatron.core.utils import unwrap_model
+
+    model = unwrap_model(model)
+    if model.config.sequence_parallel or not model.post_process:
+        yield
+        return
+
+    def select(layer, arguments):
+        hidden, *others = arguments
+        return hidden.index_select(0, places), *others
+
+    hook = model.output_layer.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def exact_match(prompts: Prompts, answers: list[str]) -> float:

@@ -144,16 +144,16 @@ def convolve(x, weight, bias, document):
     """Causal convolution of every channel over time, within each document.
 
     x: (n, t, c); weight: (c, width), its last column for the token itself; bias: (c,); document: (1, t).
-    Returns (n, t, c).
+    Returns (n, t, c). Zeros are put before every document, so many that no window holds tokens of two.
     """
     import torch
 
-    out = x * weight[:, -1] + bias
-    for back in range(1, min(weight.shape[1], x.shape[1])):
-        inside = (document[:, back:] == document[:, :-back])[..., None]
-        tap = x[:, :-back] * weight[:, -1 - back] * inside
-        out = out + torch.nn.functional.pad(tap, (0, 0, back, 0))
-    return out
+    room = weight.shape[1] - 1
+    starts = torch.nn.functional.pad(document[0].diff() != 0, (1, 0), value=True)
+    places = torch.arange(x.shape[1]) + room * starts.cumsum(0)
+    spread = x.new_zeros(x.shape[0], x.shape[1] + room * int(starts.sum()), x.shape[2]).index_copy(1, places, x)
+    out = torch.nn.functional.conv1d(spread.transpose(1, 2), weight[:, None], bias, groups=len(weight))
+    return out.transpose(1, 2).index_select(1, places - room)
 
 
 def scan(x, dt, A, B, C, document, chunk_size: int):
@@ -164,38 +164,45 @@ def scan(x, dt, A, B, C, document, chunk_size: int):
     x: (n, t, h, p); dt: (n, t, h); A: (h,); B, C: (n, t, g, s), shared by the h / g heads of a group;
     document: (1, t). Returns (n, t, h, p). Inside a chunk the recurrence is one masked matrix product, as attention
     is; what a chunk leaves behind is then handed to the chunks in which its last document goes on.
+
+    The logarithms of decays are summed by products with 0/1 masks, so nothing of another document is ever added and
+    taken away again, and in double precision, because differences of long sums follow.
     """
     import torch
 
     n, t, heads, p = x.shape
     size = min(chunk_size, t)
-    # double: sums over a row are so exact that no document can change another's
-    x, log_decay = x * dt[..., None], (dt * A).double()
 
     def chunks(each, value=0):  # (n, t, ...) -> (n, chunks, size, ...)
         padding = (*[0, 0] * (each.dim() - 2), 0, -t % size)
         return torch.nn.functional.pad(each, padding, value=value).unflatten(1, (-1, size))
 
-    x = chunks(x).unflatten(3, (B.shape[2], -1)).permute(0, 1, 3, 4, 2, 5)  # (n, chunks, g, heads of a group, size, p)
-    total = chunks(log_decay).unflatten(3, (B.shape[2], -1)).permute(0, 1, 3, 4, 2).cumsum(-1)
-    B, C = (chunks(each).transpose(2, 3) for each in (B, C))  # (n, chunks, g, size, s)
-    document = chunks(document, -1)  # (1, chunks, size)
+    def per_head(each):  # (n, chunks, g, ...) -> (n, chunks, 1 or h, ...)
+        return each if each.shape[2] in (1, heads) else each.repeat_interleave(heads // each.shape[2], 2)
 
-    same = document[..., :, None] == document[..., None, :]
-    decay = _exp(total[..., :, None] - total[..., None, :], same.tril()[:, :, None, None], x)
-    y = ((C @ B.transpose(-1, -2))[:, :, :, None] * decay) @ x
+    document = chunks(document, -1)  # (1, chunks, size)
+    seen = (document[..., :, None] == document[..., None, :]).tril()
+    total = (seen.double() @ chunks(dt * A).double()).transpose(
+        2, 3
+    )  # (n, chunks, h, size): since the document's start
+    x = chunks(x * dt[..., None]).transpose(2, 3)  # (n, chunks, h, size, p)
+    B, C = (chunks(each).transpose(2, 3) for each in (B, C))  # (n, chunks, g, size, s)
+
+    decay = _exp(total[..., :, None] - total[..., None, :], seen[:, :, None], x)
+    y = (per_head(C @ B.transpose(-1, -2)) * decay) @ x
     if x.shape[1] > 1:
-        decay = _exp(total[..., -1:] - total, same[:, :, None, None, -1], x)
-        left = (x * decay[..., None]).transpose(-1, -2) @ B[:, :, :, None]  # (n, chunks, g, r, p, s)
-        ends = total[..., -1].cumsum(1)  # (n, chunks, g, r)
-        goes_on = (document[:, :, None, 0] == document[:, None, :, -1]).tril(-1)  # from chunk j to the start of i
-        decay = _exp((ends - total[..., -1])[:, :, None] - ends[:, None], goes_on[..., None, None], x)
-        start = torch.einsum("nijgr,njgrps->nigrps", decay, left)
-        decay = _exp(total, (document == document[..., :1])[:, :, None, None], x)
-        y = y + (C[:, :, :, None] @ start.transpose(-1, -2)) * decay[..., None]
-    return y.permute(0, 1, 4, 2, 3, 5).reshape(n, -1, heads, p)[:, :t]
+        decay = _exp(total[..., -1:] - total, seen[:, :, None, -1], x)
+        left = per_head(B).transpose(-1, -2) @ (x * decay[..., None])  # (n, chunks, h, s, p)
+        goes_on = (document[:, :, None, 0] == document[:, None, :, -1]).tril(-1)  # from chunk j to the start of chunk i
+        before = goes_on.double() @ total[..., -1]  # (n, chunks, h): of this document, before the chunk
+        after = torch.nn.functional.pad(before[:, 1:], (0, 0, 0, 1))  # the same before the next
+        decay = _exp(before[:, :, None] - after[:, None], goes_on[..., None], x)
+        start = torch.einsum("nijh,njhsp->nihsp", decay, left)
+        decay = _exp(total, (document == document[..., :1])[:, :, None], x)
+        y = torch.addcmul(y, per_head(C) @ start, decay[..., None])
+    return y.transpose(2, 3).reshape(n, -1, heads, p)[:, :t]
 
 
 def _exp(exponent, where, like):
     """exp(exponent) `where` true, else 0. (Masked first: elsewhere it may overflow.)"""
-    return exponent.masked_fill(~where, float("-inf")).to(like.dtype).exp()
+    return exponent.to(like.dtype).masked_fill(~where, float("-inf")).exp()
