@@ -20,6 +20,7 @@ from typing import Any
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.train.compat.bridge import model_state
+from nemotron_sft.train.compat.conversion import SAVED_AS
 from nemotron_sft.train.peft import Adapter
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -298,7 +299,8 @@ class HuggingFaceReader:
     def _tensor(self, key: str):
         from safetensors import safe_open
 
-        if key not in self._files:
+        stored = key if key in self._files else SAVED_AS.get(key, key)
+        if stored not in self._files:
             raise UserError(f"{self.directory} holds no weight {key}: it is another model than the run started from")
-        with safe_open(self._files[key], "pt") as file:
-            return file.get_tensor(key)
+        with safe_open(self._files[stored], "pt") as file:
+            return file.get_tensor(stored)

@@ -14,7 +14,14 @@ from nemotron_sft.train.compat import registry
 from nemotron_sft.train.compat.registry import PATCHES, Patch
 
 MODULES = [importlib.import_module(f"{drawer.__name__}.{each.name}") for each in pkgutil.iter_modules(drawer.__path__)]
-APPLIED_ON_CPU = {"cpu", "cuda", "attention", "mamba", "slim"}  # checked when they were applied; now the names are ours
+APPLIED_ON_CPU = {
+    "cpu",
+    "cuda",
+    "attention",
+    "mamba",
+    "conversion",
+    "slim",
+}  # checked when they were applied; now the names are ours
 
 
 @pytest.mark.parametrize("entry", PATCHES, ids=lambda entry: entry.function.rpartition("compat.")[2])

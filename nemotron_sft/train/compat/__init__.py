@@ -7,6 +7,7 @@
     mamba.py        Mamba layers
     gpu.py        what Megatron lacks, or does slowly, on a GPU
     bridge.py     Bridge on either: where it finds configs, what it builds, what an adapter checkpoint holds
+    conversion.py Hugging Face weights into a model: all of them, or none
     submitit.py   the sbatch script
 
 To add a patch, write a function whose docstring says why it is needed, and register the names it replaces:

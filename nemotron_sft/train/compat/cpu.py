@@ -12,6 +12,7 @@ import os
 
 from nemotron_sft.train.compat.attention import accept_packed_attention, vectorise_packed_rope
 from nemotron_sft.train.compat.bridge import skip_helper_build
+from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.cuda import redirect_cuda
 from nemotron_sft.train.compat.mamba import documents_reach_mamba, use_mamba
 from nemotron_sft.train.compat.registry import patch
@@ -38,6 +39,7 @@ def use_cpu() -> None:
     vectorise_packed_rope()
     use_mamba()
     documents_reach_mamba()
+    load_all_or_nothing()
     _split_sizes_as_numbers()
 
 

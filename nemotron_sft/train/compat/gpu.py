@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 
 from nemotron_sft.train.compat.bridge import skip_helper_build
+from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.mamba import documents_reach_mamba
 from nemotron_sft.train.compat.registry import patch
 
@@ -24,6 +25,7 @@ def use_gpu() -> None:
     skip_helper_build()
     agree_on_signals_on_the_host()
     documents_reach_mamba()
+    load_all_or_nothing()
 
 
 @patch(
