@@ -305,6 +305,14 @@ class Peft(Bridge):
 
 
 @dataclass
+class Gpu:
+    """The GPUs that a preflight plans for."""
+
+    memory: float = MISSING  # GiB
+    tflops: float = MISSING  # dense bf16 peak
+
+
+@dataclass
 class Export:
     hf: bool = MISSING  # after training
     path: str | None = MISSING
@@ -332,6 +340,7 @@ class TrainConfig:
     profile: bool = MISSING
     preflight: bool = MISSING
     world_size: int | None = MISSING  # processes that a preflight plans for
+    gpu: Gpu = MISSING
     train: Train = MISSING
     validation: Validation = MISSING
     optimizer: Optimizer = MISSING

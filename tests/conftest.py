@@ -72,6 +72,29 @@ def bridge():
     assert start_bridge().on_cpu
 
 
+@pytest.fixture(scope="module")
+def offline(bridge, tmp_path_factory):
+    """Bridge, with an empty hub cache and no way to the hub."""
+    offline = pytest.MonkeyPatch()
+    offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("empty")))
+    yield
+    offline.undo()
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory):
+    """The config of a small Qwen3, for model=hf."""
+    from transformers import Qwen3Config
+
+    path = tmp_path_factory.mktemp("qwen3")
+    Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """The tiny blend, prepared once by the command a user would type."""

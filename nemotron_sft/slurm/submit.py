@@ -112,12 +112,14 @@ def launch(app: str, configs: list[DictConfig]) -> int:
 
 def preflight(configs: list[DictConfig]) -> None:
     """Print what each run would need. Takes seconds, and Megatron-Bridge, which a login node may not have."""
+    from nemotron_sft.train.versions import WrongVersions
+
     try:
-        from nemotron_sft.train.run import plan
+        from nemotron_sft.train.plan import plan
 
         for cfg in configs:
             plan(check(cfg, TrainConfig))
-    except ImportError as error:
+    except (ImportError, WrongVersions) as error:
         print(f"# no preflight here: {error}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
-from nemotron_sft.train import hf, peft, tuning, values
+from nemotron_sft.train import estimate, hf, peft, tuning, values
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.start import Machine
 from nemotron_sft.train.topology import check_topology
@@ -18,19 +18,28 @@ SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoin
 SPLITS = ("training", "validation", "test")
 
 
-def build(config: TrainConfig, metadata: dict | None, data_dir: Path | None, run_dir: Path, machine: Machine):
+def build(
+    config: TrainConfig,
+    metadata: dict | None,
+    data_dir: Path | None,
+    run_dir: Path,
+    machine: Machine,
+    checked: bool = True,
+):
     """Build the ConfigContainer of a run.
 
     metadata is the prep output's metadata.json: pack size, vocabulary and the number of packs come from there.
     Without data (a preflight) both are None, and the model's own pack size and vocabulary stand.
-    Raises UserError for settings that cannot work together.
+    checked=False leaves `check_division` to the caller. Raises UserError for settings that cannot work together.
     """
     container = _base(config)
     _settings(container, config, machine)
     packs = _data_shape(container.model, config, metadata, data_dir)
     _token_weighting(container)
-    replicas = _rows(container, config, machine)
-    _length(container, config, packs, replicas)
+    _rows(container, config, machine)
+    if checked:
+        check_division(container, machine.world_size)
+    _length(container, config, packs, max(1, replicas(container.model, machine.world_size)))
     _schedule(container, config)
     _dataset(container, config, metadata, data_dir, machine)
     _checkpoints(container, config, run_dir)
@@ -51,6 +60,7 @@ def _settings(container, config: TrainConfig, machine: Machine) -> None:
     for section in SECTIONS:
         values.apply(getattr(config, section), getattr(container, section), section)
     _precision_and_overlap(container, config)
+    tuning.fit_dispatcher(container.model)
     if not machine.on_cpu and "bias_activation_fusion" not in config.model.bridge:
         tuning.fuse_activation(container.model)
     if getattr(container.model, "hybrid_layer_pattern", None):
@@ -69,11 +79,19 @@ def _precision_and_overlap(container, config: TrainConfig) -> None:
         name = container.mixed_precision
         container.mixed_precision = get_mixed_precision_config(name) if name else MixedPrecisionConfig()
         values.apply(config.mixed_precision, container.mixed_precision, "mixed_precision")
+    _check_reduction(container, config)
     if values.given(config.comm_overlap):
         from megatron.bridge.training.comm_overlap import CommOverlapConfig
 
         container.comm_overlap = container.comm_overlap or CommOverlapConfig(tp_comm_overlap=False)
         values.apply(config.comm_overlap, container.comm_overlap, "comm_overlap")
+
+
+def _check_reduction(container, config: TrainConfig) -> None:
+    """Raise UserError for a key that Bridge would overrule."""
+    asked, numbers = config.ddp.bridge.get("grad_reduce_in_fp32"), estimate.precision(container)
+    if asked is not None and numbers is not None and asked != numbers.grad_reduce_in_fp32:
+        raise UserError("ddp.grad_reduce_in_fp32: set mixed_precision.grad_reduce_in_fp32, which Bridge copies to it")
 
 
 def _data_shape(model, config: TrainConfig, metadata: dict | None, data_dir: Path | None) -> dict[str, int]:
@@ -98,40 +116,41 @@ def _token_weighting(container) -> None:
     container.ddp.average_in_collective = False
 
 
-def _rows(container, config: TrainConfig, machine: Machine) -> int:
-    """Choose how many packs form a row, and check that rows, model and batch divide over the processes.
-
-    Returns the number of data-parallel ranks.
-    """
-    model, train, world_size = container.model, container.train, machine.world_size
+def _rows(container, config: TrainConfig, machine: Machine) -> None:
+    """Choose how many packs form a row."""
+    model, train = container.model, container.train
     if config.train.packs_per_microbatch:
         train.micro_batch_size = config.train.packs_per_microbatch
     elif not machine.on_cpu:
-        train.micro_batch_size = tuning.packs_per_row(container, world_size, machine.gpu_bytes)
+        train.micro_batch_size = tuning.packs_per_row(container, machine.world_size, machine.gpu_bytes)
     # Pipeline stages expect rows of one pack; of several joined, or padded for context parallelism, they must be told.
     longer = train.micro_batch_size > 1 or model.context_parallel_size > 1
     if longer and model.pipeline_model_parallel_size > 1:
         model.variable_seq_lengths = True
         if model.moe_token_dispatcher_type == "allgather":  # core refuses it for such rows, even without experts
             model.moe_token_dispatcher_type = "alltoall"
+
+
+def check_division(container, world_size: int) -> None:
+    """Raise UserError with one line if rows, model or batch cannot be divided over this many processes as asked."""
+    model, train = container.model, container.train
     check_topology(model, world_size, train.micro_batch_size * model.seq_length)
-    replicas = _replicas(model, world_size)
-    step = train.micro_batch_size * replicas
+    ranks = replicas(model, world_size)
+    step = train.micro_batch_size * ranks
     if train.global_batch_size % step:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of {step} (packs_per_microbatch "
-            f"{train.micro_batch_size} x {replicas} data-parallel ranks): "
+            f"{train.micro_batch_size} x {ranks} data-parallel ranks): "
             f"use {math.ceil(train.global_batch_size / step) * step}"
         )
-    return replicas
 
 
-def _length(container, config: TrainConfig, packs: dict[str, int], replicas: int) -> None:
+def _length(container, config: TrainConfig, packs: dict[str, int], ranks: int) -> None:
     """How many steps are trained, and how many are validated at a time."""
     train, validation = container.train, container.validation
     if config.train.epochs is not None:  # wins over train_iters, which most model configs set
         train.train_iters = max(1, math.ceil(config.train.epochs * packs["training"] / train.global_batch_size))
-    step = train.micro_batch_size * replicas
+    step = train.micro_batch_size * ranks
     validation.eval_micro_batch_size, validation.eval_global_batch_size = train.micro_batch_size, step
     if config.validation.eval_iters is None:  # everything, once
         validation.eval_iters = math.ceil(max(packs["validation"], packs["test"]) / step)
@@ -284,7 +303,7 @@ def _fit_vocabulary(model, tokenizer: dict) -> None:
     model.should_pad_vocab = False
 
 
-def _replicas(model, world_size: int) -> int:
+def replicas(model, world_size: int) -> int:
     """Number of data-parallel ranks."""
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     return world_size // (tensor * pipeline * model.context_parallel_size)

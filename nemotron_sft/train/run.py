@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import shlex
@@ -10,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -22,11 +21,12 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.files import AtomicFile
 from nemotron_sft.paths import STARTED, TYPED
 from nemotron_sft.record import wandb
-from nemotron_sft.train import checkpoints, estimate, export, resume, tracked, vocabulary
+from nemotron_sft.train import checkpoints, export, resume, tracked, vocabulary
 from nemotron_sft.train.checkpoints import starting_point
 from nemotron_sft.train.compat.cpu import adapt
 from nemotron_sft.train.container import build, resume_from
 from nemotron_sft.train.evaluation import Heldout
+from nemotron_sft.train.plan import plan
 from nemotron_sft.train.progress import Progress
 from nemotron_sft.train.report import summarise
 from nemotron_sft.train.signals import saving_on_sigterm
@@ -218,25 +218,3 @@ def export_if_asked(run: Run, terminal: TextIO) -> None:
     """export.hf=true: the newest checkpoint as a Hugging Face directory."""
     if run.config.export.hf and (result := export.export(run.directory, run.config.export.path)):
         print(result, file=terminal)
-
-
-def plan(config: TrainConfig) -> None:
-    """Print what the run would need, on any machine and without weights; see `preflight`. Data may still be missing."""
-    tasks = config.cluster.get("tasks_per_node") or config.cluster.get("gpus_per_node") or 1
-    given = config.cluster.get("nodes", 1) * tasks
-    world_size = config.world_size or int(os.environ.get("WORLD_SIZE", given))
-    data_dir = metadata = None
-    with contextlib.suppress(UserError):  # it may not have been prepared yet
-        data_dir = find_data(config.data.path, config.output_dir)
-    if data_dir and data_dir.exists():
-        metadata = check_data(data_dir)
-    with log_to_file(Path(os.devnull)):
-        start_bridge()
-        machine = replace(this_machine(), gpu_bytes=None, world_size=world_size)
-        container = build(config, metadata, data_dir, Path(config.run_dir or config.output_dir), machine)
-        rows = estimate.describe(container, metadata, world_size)
-    rows["data"] = str(data_dir) if metadata else "none yet"
-    rows["starts from"] = config.init_from
-    print(f"Preflight of {config.name}: nothing was allocated or written")
-    for name, text in rows.items():
-        print(f"  {name:<16} {text}")

@@ -15,6 +15,7 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.train.compat.cpu import use_cpu
 from nemotron_sft.train.compat.gpu import use_gpu
 from nemotron_sft.train.compat.slim import slim_imports
+from nemotron_sft.train.versions import check_versions
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def this_machine() -> Machine:
 def start_bridge() -> Machine:
     """Make Megatron-Bridge importable, on what this machine has."""
     machine = this_machine()
+    check_versions(not machine.on_cpu)
     slim_imports()
     if machine.on_cpu:
         use_cpu()

@@ -9,7 +9,7 @@ from nemotron_sft.train.estimate import memory
 
 # Row length, in tokens, from which launching kernels no longer holds the GPU up.
 LONG_ROW = 32768
-MEMORY_SHARE = 0.8  # of the GPU that the estimate of a row may fill
+MEMORY_SHARE = 0.9  # of the GPU that the estimate of a row may fill; it is good to a few percent
 PROFILED = 3  # steps in the trace of profile=true
 PRECISIONS = {"bf16": "bf16_mixed", "fp8": "bf16_with_fp8_current_scaling_mixed"}
 
@@ -51,6 +51,13 @@ def use_what_is_installed(model) -> None:
     ):
         model.attention_backend = AttnBackend.auto
     if model.moe_token_dispatcher_type == "flex" and lacks("deep_ep"):
+        model.moe_token_dispatcher_type = "alltoall"
+
+
+def fit_dispatcher(model) -> None:
+    """Tokens of experts that are all on one GPU go through the plain dispatcher: core's others insist on several."""
+    group = model.expert_model_parallel_size * (model.expert_tensor_parallel_size or model.tensor_model_parallel_size)
+    if model.moe_token_dispatcher_type == "flex" and group == 1:
         model.moe_token_dispatcher_type = "alltoall"
 
 

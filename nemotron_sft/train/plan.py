@@ -1,0 +1,143 @@
+"""preflight=true: what a run will need, and divisions of the model that fit, without a GPU and without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from nemotron_sft.config import TrainConfig
+from nemotron_sft.data.packed import check_data, find_data
+from nemotron_sft.errors import UserError
+from nemotron_sft.train import propose
+from nemotron_sft.train.container import build, check_division, replicas
+from nemotron_sft.train.estimate import GIB, held, memory, tokens_with_logits
+from nemotron_sft.train.sizes import sizes
+from nemotron_sft.train.speed import seconds_per_step
+from nemotron_sft.train.start import Machine, log_to_file, start_bridge
+
+DIVISION = {
+    f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
+}
+
+
+def plan(config: TrainConfig) -> None:
+    """Print what the run would need, on any machine and without weights. Data may still be missing.
+
+    Where the division that was asked for cannot work, or does not fit, or none was asked for, divisions that fit are
+    listed, too. Raises UserError if it cannot work.
+    """
+    world_size = _world_size(config)
+    data_dir = metadata = None
+    with contextlib.suppress(UserError):  # it may not have been prepared yet
+        data_dir = find_data(config.data.path, config.output_dir)
+    if data_dir and data_dir.exists():
+        metadata = check_data(data_dir)
+    with log_to_file(Path(os.devnull)):
+        start_bridge()
+        machine = Machine(int(config.gpu.memory * GIB), world_size=world_size)
+        where = Path(config.run_dir or config.output_dir)
+        container = build(config, metadata, data_dir, where, machine, checked=False)
+        refused = None
+        try:
+            check_division(container, world_size)
+            rows = describe(container, metadata, world_size, config.gpu)
+        except UserError as error:
+            refused, rows = error, {}
+        proposals = _proposals(config, container, metadata, world_size, refused)
+    if not refused:
+        rows["data"] = str(data_dir) if metadata else "none yet"
+        rows["starts from"] = config.init_from
+        print(f"Preflight of {config.name}: nothing was allocated or written")
+        for name, text in rows.items():
+            print(f"  {name:<16} {text}")
+    for line in proposals:
+        print(line)
+    if refused:
+        raise refused
+
+
+def _world_size(config: TrainConfig) -> int:
+    tasks = config.cluster.get("tasks_per_node") or config.cluster.get("gpus_per_node") or 1
+    given = config.cluster.get("nodes", 1) * tasks
+    return config.world_size or int(os.environ.get("WORLD_SIZE", given))
+
+
+def describe(container, metadata: dict | None, world_size: int, gpu) -> dict[str, str]:
+    """The rows that preflight=true prints, name -> text. gpu: the config's section about GPUs."""
+    model, train = container.model, container.train
+    rows = _parameters(container)
+    ranks = replicas(model, world_size)
+    rows["processes"] = (
+        f"{world_size} = {ranks} data x {model.tensor_model_parallel_size} tensor x "
+        f"{model.pipeline_model_parallel_size} pipeline x {model.context_parallel_size} context; "
+        f"experts over {model.expert_model_parallel_size}"
+    )
+    logits = tokens_with_logits(model, metadata)
+    if estimate := memory(container, world_size, logits):
+        shares = ", ".join(f"{name} {size / GIB:.3g}" for name, size in estimate.items() if name != "total")
+        rows["memory per GPU"] = f"about {estimate['total'] / GIB:.3g} of {gpu.memory:g} GiB ({shares})"
+    accumulated = train.global_batch_size // (train.micro_batch_size * ranks)
+    rows["step"] = (
+        f"{train.global_batch_size} packs of {model.seq_length:,} tokens: {ranks} data-parallel ranks x "
+        f"{accumulated} micro batches x {train.micro_batch_size} packs"
+    )
+    rows["steps"] = f"{train.train_iters:,}"
+    if seconds := seconds_per_step(container, world_size, gpu.tflops, logits):
+        whole = propose.duration(seconds * train.train_iters)
+        rows["time"] = f"about {propose.duration(seconds)} a step, {whole} in all"
+    return rows | _tokens(container, metadata)
+
+
+def _parameters(container) -> dict[str, str]:
+    parts = sizes(container.model, container.peft)
+    if parts is None:
+        return {"parameters": "not counted: the model has multi-latent attention"}
+    whole = parts.total
+    rows = {"parameters": f"{whole.dense + whole.experts:,} total, {whole.active:,} active for a token"}
+    if container.peft is not None:
+        rows["trained"] = f"{whole.adapters:,} in adapters"
+    most = max(dense + experts for dense, experts, _ in held(container.model, parts))
+    return rows | {"on one GPU": f"at most {most:,.0f} of the parameters"}
+
+
+def _tokens(container, metadata: dict | None) -> dict[str, str]:
+    """How much data the run reads."""
+    train, size = container.train, container.model.seq_length
+    split = metadata["splits"]["training"] if metadata else None
+    if not split or not split["packs"]:
+        return {"tokens": f"at most {train.train_iters * train.global_batch_size * size:,}; no data yet"}
+    packs = train.train_iters * train.global_batch_size
+    return {
+        "tokens": f"{packs * split['tokens'] / split['packs']:,.0f}; the data has {split['tokens']:,}",
+        "epochs": f"{packs / split['packs']:.2f}",
+    }
+
+
+def _proposals(
+    config: TrainConfig, container, metadata: dict | None, world_size: int, refused: UserError | None
+) -> list[str]:
+    """Lines about the best divisions that fit, if there is a reason to list them."""
+    gpu, logits = config.gpu, tokens_with_logits(container.model, metadata)
+    reason = None
+    if refused:
+        reason = "Not as asked. "
+    elif (estimate := memory(container, world_size, logits)) is None:
+        return []
+    elif estimate["total"] > gpu.memory * GIB:
+        reason = "It does not fit. "
+    elif world_size > 1 and not DIVISION & set(config.model.bridge):
+        reason = ""  # the recipe's division is one of many
+    if reason is None:
+        return []
+    given = f"{world_size} GPU{'s' if world_size > 1 else ''} of {gpu.memory:g} GiB"
+    fitting = propose.propose(container, world_size, gpu.memory * GIB, gpu.tflops, logits)
+    if not fitting:
+        more = propose.enough(container, world_size, gpu.memory * GIB, gpu.tflops, logits)
+        needed = f"{more} such GPUs would do" if more else "neither does it on up to 4,096 of them"
+        return [f"{reason}No division fits {given}: {needed}"]
+    lines = [f"{reason}These fit {given}, the fastest first; add their keys to the command:"]
+    for number, division in enumerate(fitting, 1):
+        lines.append(f"  {number}  {propose.text(division, container.model.seq_length)}")
+        lines.append(f"     {' '.join(propose.overrides(container, division)) or '(as it is)'}")
+    return lines
