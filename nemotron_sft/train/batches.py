@@ -63,7 +63,8 @@ class PackedDataset:
     `length` samples in all, so that Megatron's sampler, which counts consumed samples, resumes in mid-epoch.
     Index i is pack `permutation(seed, i // packs)[i % packs]`. With `once_in`, the split is read in order
     and each run of `once_in` samples holds every pack once, then only padding (for validation).
-    context_parallel, tensor_parallel: how many ranks share a row; weighting: what tokens count; see `collate`.
+    context_parallel, tensor_parallel: how many ranks share a row; weighting: what tokens count; mtp_depth: see
+    `collate`.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class PackedDataset:
         context_parallel: int = 1,
         tensor_parallel: int = 1,
         weighting: Weighting = PLAIN,
+        mtp_depth: int = 0,
     ):
         packs = open_packs(path)
         self.count, self.length, self.seed, self.once_in = len(packs), length, seed, once_in
         self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
-        self.weighting = weighting
+        self.weighting, self.mtp_depth = weighting, mtp_depth
         # Read, not mapped: pages that were touched would count as this process's memory.
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as there is a data set
         self.offset, self.bytes = packs.offset, packs.dtype.itemsize
@@ -111,7 +113,7 @@ class PackedDataset:
         return records
 
     def collate_fn(self, records: np.ndarray) -> dict:
-        return collate(records, self.context_parallel, self.tensor_parallel, self.weighting)
+        return collate(records, self.context_parallel, self.tensor_parallel, self.weighting, self.mtp_depth)
 
 
 def _numbered(dtype: np.dtype) -> np.dtype:
@@ -130,7 +132,11 @@ def _permutation(packs: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def collate(
-    records: np.ndarray, context_parallel: int = 1, tensor_parallel: int = 1, weighting: Weighting = PLAIN
+    records: np.ndarray,
+    context_parallel: int = 1,
+    tensor_parallel: int = 1,
+    weighting: Weighting = PLAIN,
+    mtp_depth: int = 0,
 ) -> dict:
     """Join packs into one THD row and shift the labels.
 
@@ -140,7 +146,8 @@ def collate(
     cu_seqlens_q, cu_seqlens_kv (1, m) int32, which cover all of 0..T (a pack's padding is a sequence of its own);
     max_seqlen_q, max_seqlen_kv () int32;
     trained_positions (k,) int64, where loss_mask is not 0, and others up to a multiple of 128 (or T); and counts, a
-    dict of plain numbers (tokens, trained, squares = the sum of squared lengths) with the packs' numbers.
+    dict of plain numbers (tokens, trained, squares = the sum of squared lengths) with the packs' numbers and kept, the
+    number of trained_positions of each context-parallel rank.
 
     Position i predicts token i + 1, so labels[i] = tokens[i + 1] and loss_mask[i] = mask[i + 1]; the last token of
     a document predicts nothing.
@@ -152,7 +159,11 @@ def collate(
     Transformer Engine's ring attention), so every document is padded to a multiple of that with tokens that have no
     loss; a pack's own padding is dropped. cu_seqlens_q_padded, cu_seqlens_kv_padded (1, m) are then the boundaries
     in the row and cu_seqlens_q those of the real tokens. T is a multiple of 2 * context_parallel * tensor_parallel,
-    since sequence parallelism cuts each rank's share again.
+    since sequence parallelism cuts each rank's share again. trained_positions then holds those of every rank in turn,
+    each counted in the rank's own share of the row.
+
+    mtp_depth: how many tokens further the model predicts as well; trained_positions then holds the positions from which
+    a trained token is predicted by any of its heads.
     """
     import torch
 
@@ -187,11 +198,13 @@ def collate(
             shared = torch.from_numpy(boundaries.astype(np.int32))[None]
             batch |= {f"cu_seqlens_q{suffix}": shared, f"cu_seqlens_kv{suffix}": shared}
     longest = torch.tensor(int(np.diff(in_row).max()), dtype=torch.int32)
-    batch["trained_positions"] = torch.from_numpy(_trained_first(row["loss_mask"] != 0, 128))
+    kept = [_trained_first(share, 128) for share in _shares(row["loss_mask"] != 0, in_row, context_parallel, mtp_depth)]
+    batch["trained_positions"] = torch.from_numpy(np.concatenate(kept))
     counts = {
         "tokens": int(in_row[-1]),
         "trained": int((row["loss_mask"] != 0).sum()),
         "squares": int((lengths**2).sum()),
+        "kept": [len(positions) for positions in kept],
         "packs": records["number"].tolist() if "number" in records.dtype.names else [],
     }
     return batch | {"max_seqlen_q": longest, "max_seqlen_kv": longest, "counts": counts}
@@ -219,6 +232,23 @@ def _trained_first(trained: np.ndarray, multiple: int) -> np.ndarray:
     int64 (k,), distinct."""
     positions = np.flatnonzero(trained)
     return np.append(positions, np.flatnonzero(~trained)[: -len(positions) % multiple])
+
+
+def _shares(trained: np.ndarray, in_row: np.ndarray, ranks: int, mtp_depth: int) -> list[np.ndarray]:
+    """What each context-parallel rank holds of `trained` (T,) bool, with the `mtp_depth` positions before each.
+
+    in_row: (m + 1,) boundaries of the documents. A rank has pieces r and 2 * ranks - 1 - r of each document.
+    """
+    wanted = trained.copy()
+    for ahead in range(1, mtp_depth + 1):
+        wanted[:-ahead] |= trained[ahead:]
+    if ranks == 1:
+        return [wanted]
+    lengths = np.diff(in_row)
+    within = np.arange(in_row[-1]) - np.repeat(in_row[:-1], lengths)
+    piece = within // np.repeat(lengths // (2 * ranks), lengths)
+    holder = np.minimum(piece, 2 * ranks - 1 - piece)
+    return [wanted[holder == rank] for rank in range(ranks)]
 
 
 def _is_document(records: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
@@ -256,12 +286,14 @@ def packed_dataset_provider(
     ranks: tuple,
     weighting: Weighting = PLAIN,
     sources: int = 0,
+    mtp_depth: int = 0,
     **loader,
 ):
     """Bridge's DatasetProvider over a prep output.
 
     packs: number of packs by split; evaluated: samples per validation; ranks: context and tensor parallel sizes;
     weighting: what tokens count in the loss; sources: the number of datasets in the packs, 0 if they don't say;
+    mtp_depth: how many tokens further the model predicts;
     loader: fields of Bridge's DataloaderConfig.
     (A function, because Bridge's base class is expensive to import.)
     """
@@ -283,7 +315,7 @@ def packed_dataset_provider(
                 "test": (endless, evaluated),
             }
             return tuple(
-                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks, weighting)
+                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks, weighting, mtp_depth)
                 if packs[name]
                 else None
                 for name, (length, once_in) in split.items()

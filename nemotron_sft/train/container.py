@@ -178,6 +178,7 @@ def _dataset(container, config: TrainConfig, metadata: dict | None, data_dir: Pa
         evaluated=validation.eval_iters * validation.eval_global_batch_size,
         seed=config.seed,
         ranks=(model.context_parallel_size, model.tensor_model_parallel_size),
+        mtp_depth=model.mtp_num_layers or 0,
         weighting=weighting(metadata, config.train.loss_per) if metadata else PLAIN,
         sources=len(dataset_names(metadata)) if metadata else 0,
         # On a GPU a process of its own makes the next rows, and a thread pins them, while the step runs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from nemotron_sft.train.compat.mtp import count_predictions_of_kept_tokens
 from nemotron_sft.train.losses import WatchedLosses
 
 
@@ -65,39 +66,85 @@ class ForwardStep:
             self.tokens += counts["tokens"]
             self.trained += counts["trained"]
             self.packs += counts["packs"]
-            positions = batch["trained_positions"]
             self._positions = None
-            if self._hooked == "logits" and self.skip_untrained and len(positions):
-                self._positions = positions.cuda(non_blocking=True)
-                self.skipped_flops += self._flops_per_token * (counts["tokens"] - len(positions))
+            if self._hooked == "logits" and self.skip_untrained:
+                self._take_positions(batch["trained_positions"], counts)
             yield batch
 
-    def _hook(self, model) -> None:
-        """Have the model hand its last hidden states to `_losses`, where nothing stands in the way.
+    def _take_positions(self, positions, counts: dict) -> None:
+        """positions: those of every context-parallel rank, one after another; counts["kept"] says how many each has."""
+        from megatron.core.parallel_state import get_context_parallel_rank
 
-        Sequence and context parallelism divide the row over ranks that would hold different numbers of trained
-        tokens, and hybrid models have no such interface in core.
+        rank, kept = get_context_parallel_rank(), counts["kept"]
+        before = sum(kept[:rank])
+        own = positions[before : before + kept[rank]]
+        if len(own):
+            self._positions = own.cuda(non_blocking=True)
+            self.skipped_flops += self._flops_per_token * (counts["tokens"] // len(kept) - len(own))
+
+    def _hook(self, model) -> None:
+        """Have the model compute logits and losses for the kept tokens only, in every call of its output layer.
+
+        The losses of all others are zero, which is what their loss mask makes of them anyway.
         """
         from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
         from megatron.core.utils import unwrap_model
 
         self._hooked = "nothing"
-        gpt = unwrap_model(model)
-        config = gpt.config
-        divided = config.sequence_parallel or config.context_parallel_size > 1 or config.mtp_num_layers
-        if type(gpt) is not GPTModel or not gpt.post_process or divided:
+        language_model = unwrap_model(model)
+        if type(language_model) not in (GPTModel, HybridModel) or not language_model.post_process:
             return
 
-        def give_processor(module, args, kwargs):
+        def keep(module, args, kwargs):
             self._kept = self._positions if kwargs.get("labels") is not None else None
-            if self._kept is not None:
-                kwargs |= {"output_processor": self._losses, "output_processor_context": self._kept}
-            return args, kwargs
 
-        gpt.register_forward_pre_hook(give_processor, with_kwargs=True)
+        language_model.register_forward_pre_hook(keep, with_kwargs=True)
+        self._shorten_output_layer(language_model.output_layer)
+        self._scatter_losses(language_model)
+        if language_model.config.mtp_num_layers:
+            count_predictions_of_kept_tokens(lambda: self._kept)
         self._hooked = "logits"
-        self._flops_per_token = 6 * config.hidden_size * gpt.vocab_size / config.tensor_model_parallel_size
-        self._shorten_last_mlp(gpt.decoder.layers[-1])
+        config = language_model.config
+        heads = 1 + (config.mtp_num_layers or 0)
+        head = 6 * config.hidden_size * language_model.vocab_size / config.tensor_model_parallel_size
+        self._flops_per_token = heads * head
+        if type(language_model) is GPTModel:
+            self._shorten_last_mlp(language_model.decoder.layers[-1])
+
+    def _shorten_output_layer(self, layer) -> None:
+        """Give the output layer the kept rows of its input (T, 1, h), gathered first where tensor parallelism has cut
+        the sequence: the ranks' pieces hold different numbers of kept tokens."""
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        whole = layer.forward
+
+        def forward(hidden_states, *args, **kwargs):
+            if self._kept is None:
+                return whole(hidden_states, *args, **kwargs)
+            divided, layer.sequence_parallel = layer.sequence_parallel, False
+            try:
+                if divided:
+                    hidden_states = gather_from_sequence_parallel_region(hidden_states, False, group=layer.tp_group)
+                if len(hidden_states) != len(self._kept):  # else the last layer has kept no others
+                    hidden_states = hidden_states.index_select(0, self._kept)
+                return whole(hidden_states, *args, **kwargs)
+            finally:
+                layer.sequence_parallel = divided
+
+        layer.forward = forward
+
+    def _scatter_losses(self, language_model) -> None:
+        """Losses (1, T) from the logits (k, 1, v) of the kept tokens: zero except at their positions."""
+        whole = language_model.compute_language_model_loss
+
+        def losses_of(labels, logits):
+            if self._kept is None or len(logits) == labels.shape[1]:
+                return whole(labels, logits)
+            losses = whole(labels.index_select(1, self._kept), logits)
+            return losses.new_zeros(labels.shape).index_copy(1, self._kept, losses)
+
+        language_model.compute_language_model_loss = losses_of
 
     def _shorten_last_mlp(self, layer) -> None:
         """Give the last layer's MLP the kept tokens only: no later attention looks at the others.
@@ -110,7 +157,8 @@ class ForwardStep:
 
         config = layer.config
         run_again = config.recompute_granularity == "full" or getattr(config, "cuda_graph_impl", "none") != "none"
-        if type(layer) is not TransformerLayer or not isinstance(layer.mlp, MLP) or run_again:
+        divided = config.sequence_parallel or config.mtp_num_layers
+        if type(layer) is not TransformerLayer or not isinstance(layer.mlp, MLP) or run_again or divided:
             return
         whole = layer._forward_mlp
 
@@ -122,15 +170,3 @@ class ForwardStep:
         layer._forward_mlp = forward_mlp
         matrices = sum(parameter.numel() for parameter in layer.mlp.parameters() if parameter.dim() == 2)
         self._flops_per_token += 6 * matrices
-
-    @staticmethod
-    def _losses(
-        *, hidden_states, output_layer, output_weight, labels, context, compute_language_model_loss, scale_logits, **_
-    ):
-        """Losses (1, T) of a row's hidden states (T, 1, h), or (k, 1, h) if the last layer kept only those of
-        `context` (k,); zero except at these positions."""
-        if len(hidden_states) != len(context):
-            hidden_states = hidden_states.index_select(0, context)
-        logits, _ = output_layer(hidden_states, weight=output_weight)
-        losses = compute_language_model_loss(labels.index_select(1, context), scale_logits(logits))
-        return losses.new_zeros(labels.shape).index_copy(1, context, losses)

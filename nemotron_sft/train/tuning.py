@@ -19,8 +19,8 @@ def tune(container, world_size: int) -> None:
     model, train, logger = container.model, container.train, container.logger
     model.apply_rope_fusion = True
     model.gradient_accumulation_fusion = True
-    # Core warns of instability in Transformer Engine's kernel, and its own costs no more at long rows.
-    model.cross_entropy_loss_fusion, model.cross_entropy_fusion_impl = True, "native"
+    model.cross_entropy_loss_fusion, model.cross_entropy_fusion_impl = True, "te"  # one pass over the logits each way
+    model.moe_router_fusion = bool(model.num_moe_experts)
     container.optimizer.use_distributed_optimizer = container.ddp.use_distributed_optimizer = True
     container.ddp.grad_reduce_in_fp32 = True
     # Gradients travel while the backward pass still computes, and weights while the next forward pass does.

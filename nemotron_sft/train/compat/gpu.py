@@ -10,8 +10,10 @@ import importlib.util
 import sys
 from types import ModuleType
 
+from nemotron_sft.train.compat.adapters import add_adapters_inside_their_products
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
+from nemotron_sft.train.compat.experts import use_grouped_products
 from nemotron_sft.train.compat.mamba import documents_reach_mamba
 from nemotron_sft.train.compat.registry import patch
 
@@ -26,6 +28,9 @@ def use_gpu() -> None:
     agree_on_signals_on_the_host()
     documents_reach_mamba()
     load_all_or_nothing()
+    reuse_logits_for_their_gradient()
+    use_grouped_products()
+    add_adapters_inside_their_products()
 
 
 @patch(
@@ -83,3 +88,30 @@ def agree_on_signals_on_the_host() -> None:
         return [bool(flag)]
 
     DistributedSignalHandler.signals_received = signals_received
+
+
+@patch(
+    {
+        "megatron.core.models.common.language_module.language_module:te_parallel_cross_entropy": (
+            "(logits, labels, tp_group, is_cg_capturable) | NoneType"
+        ),
+        "transformer_engine.pytorch.cross_entropy:parallel_cross_entropy": (
+            "(inp, target, label_smoothing, reduce_loss, dist_process_group, ignore_idx, is_cg_capturable, *, "
+            "overwrite_input, _input) | missing | class"  # class: the stand-in of a machine without a GPU
+        ),
+    },
+    seen="megatron-core 0.19.2, transformer-engine 2.20",
+    until="core passes overwrite_input on",
+)
+def reuse_logits_for_their_gradient() -> None:
+    """Let the gradient of the logits take the place of the logits, which nothing reads after the loss.
+
+    Logits are the largest tensors of a step (2 bytes x vocabulary x trained tokens), and core keeps both.
+    """
+    from megatron.core.models.common.language_module import language_module
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    def losses_of(logits, labels, tp_group, is_cg_capturable=False):
+        return parallel_cross_entropy(logits, labels, 0.0, False, tp_group, overwrite_input=True)
+
+    language_module.te_parallel_cross_entropy = losses_of
