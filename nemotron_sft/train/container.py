@@ -61,8 +61,10 @@ def _settings(container, config: TrainConfig, machine: Machine) -> None:
         values.apply(getattr(config, section), getattr(container, section), section)
     _precision_and_overlap(container, config)
     tuning.fit_dispatcher(container.model)
-    if not machine.on_cpu and "bias_activation_fusion" not in config.model.bridge:
-        tuning.fuse_activation(container.model)
+    if not machine.on_cpu:
+        tuning.let_adam_keep_master_weights(container)
+        if "bias_activation_fusion" not in config.model.bridge:
+            tuning.fuse_activation(container.model)
     if getattr(container.model, "hybrid_layer_pattern", None):
         container.model.is_hybrid_model = True  # a bare HybridModelProvider does not say so, and Bridge's step asks
     container.peft = _peft(config, container.model)

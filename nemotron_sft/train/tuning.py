@@ -22,6 +22,7 @@ def tune(container, world_size: int) -> None:
     model.cross_entropy_loss_fusion, model.cross_entropy_fusion_impl = True, "te"  # one pass over the logits each way
     model.moe_router_fusion = bool(model.num_moe_experts)
     container.optimizer.use_distributed_optimizer = container.ddp.use_distributed_optimizer = True
+    container.optimizer.use_precision_aware_optimizer = True  # Adam itself keeps the fp32 master weights
     container.ddp.grad_reduce_in_fp32 = True
     # Gradients travel while the backward pass still computes, and weights while the next forward pass does.
     container.ddp.overlap_grad_reduce = container.ddp.overlap_param_gather = world_size > 1
@@ -35,6 +36,22 @@ def tune(container, world_size: int) -> None:
     # A garbage collection in the middle of a step stalls every rank that waits for this one.
     train.manual_gc, train.manual_gc_interval, train.manual_gc_eval = True, 100, True
     use_what_is_installed(model)
+
+
+def let_adam_keep_master_weights(container) -> None:
+    """See that core obeys `use_precision_aware_optimizer`; call it when all settings are made.
+
+    Transformer Engine's Adam then keeps of a master weight the 16 bits that the bf16 weight lacks, and writes both in
+    one pass: the same fp32 arithmetic with 2 bytes per parameter less. Core leaves it to itself, without a word,
+    where the FP8 recipe is not "delayed", which Bridge's bf16 setting names although it uses no FP8.
+    """
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    precision = container.mixed_precision
+    if isinstance(precision, str):
+        precision = container.mixed_precision = get_mixed_precision_config(precision)
+    if precision is not None and precision.bf16 and not precision.fp8:
+        precision.fp8_recipe = "delayed"
 
 
 def use_what_is_installed(model) -> None:
