@@ -47,6 +47,10 @@ class Forms:
             message = _with_reasoning(message, index, reasoning_field, self)
         elif isinstance(content, (list, dict)) and not self._reads_content(content):
             message = {**message, "content": plain_content(content)}
+        if message["content"] is None and not self.reads_null:
+            message = {**message, "content": ""}
+        if isinstance(message["content"], str) and not self.reads_text:
+            message = {**message, "content": [{"type": "text", "text": message["content"]}]}
         if "tool_calls" in message:
             if self.arguments == "object":
                 message = calls_with(message, lambda arguments: as_object(arguments, index))
@@ -68,6 +72,22 @@ class Forms:
         if good["object"] == good["text"]:
             return "given"
         return "object" if good["object"] else "text"
+
+    @cached_property
+    def reads_null(self) -> bool:
+        """Whether the content of an answer with tool calls may be null; "None" is not printed for it."""
+        texts = [self._first([chat for chat in _calls({}) if chat[1]["content"] == content]) for content in (None, "")]
+        null, empty = texts
+        if empty is None:
+            return True
+        return null is not None and null.count("None") == empty.count("None")
+
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether content may be text; some templates of models that see images take nothing but parts."""
+        question, parts = {"role": "user", "content": "textq"}, [{"type": "text", "text": "textq"}]
+        text = self._first(([question, _ANSWER], [question])) or ""
+        return "textq" in text or not _shown(self._first([[{"role": "user", "content": parts}]]) or "", "textq")
 
     @cached_property
     def reads_parts(self) -> bool:

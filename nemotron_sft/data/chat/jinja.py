@@ -19,6 +19,7 @@ from nemotron_sft.errors import UserError
 _OPEN, _CLOSE = (f"\x02{secrets.token_hex(8)}\x03" for _ in range(2))
 _TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on
+_QUESTION, _ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 _STOP = re.compile(r"\s*(?:<[^<>\s]{1,60}>|\[[A-Z_/]{1,30}\])")  # a special token, as far as its looks tell
 
 
@@ -139,10 +140,9 @@ class JinjaTemplate(Template):
     def _cut(self, messages: list[dict], tools: list[dict], answers: list[int], variables: dict) -> list[_Sequence]:
         """The sequences in which every answer sees the past that it would see at inference, as few as there can be."""
         whole = self._text(messages, tools, variables)
-        self._refuse_none(whole, messages, tools, variables)
         found: list[_Sequence] = []
         for i in reversed(answers):
-            upto = whole if i + 1 == len(messages) else self._text(messages[: i + 1], tools, variables)
+            upto = whole if i + 1 == len(messages) else self._upto(i, whole, messages, tools, variables)
             fitting = next((sequence for sequence in reversed(found) if sequence.text.startswith(upto)), None)
             if fitting is None:
                 last = not found and whole.startswith(upto)
@@ -151,16 +151,23 @@ class JinjaTemplate(Template):
             fitting.ends[i] = len(upto)
         return found[::-1]
 
-    def _refuse_none(self, text: str, messages: list[dict], tools: list[dict], variables: dict) -> None:
-        """Raise ChatError if the template prints "None" where content is null."""
-        if "None" in text and any(message["content"] is None for message in messages):
-            filled = [{**message, "content": message["content"] or ""} for message in messages]
-            try:
-                printed = self._text(filled, tools, variables).count("None")
-            except ChatError:
-                return
-            if text.count("None") > printed:
-                raise ChatError("content not rendered", f"{self.name} prints None for an answer whose content is null")
+    def _upto(self, i: int, whole: str, messages: list[dict], tools: list[dict], variables: dict) -> str:
+        """The text of the conversation up to the end of answer i.
+
+        A template that insists on a question cannot render an answer before the first one by itself; that ends in
+        the whole text where other answers end.
+        """
+        try:
+            return self._text(messages[: i + 1], tools, variables)
+        except ChatError:
+            if any(message["role"] not in ("system", "developer") for message in messages[:i]):
+                raise
+            opened = self._text([_QUESTION, {**_ANSWER, "content": "answerq"}], [], variables)
+            closing, start = opened.rpartition("answerq")[2], self._start(whole, 0, [], tools, variables)
+            end = whole.find(closing, start) if closing.strip() and start is not None else -1
+            if end < 0:
+                raise
+            return whole[: end + len(closing)]
 
     def _spans_by_tags(
         self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
@@ -183,15 +190,10 @@ class JinjaTemplate(Template):
 
     def _common(self, text: str, messages: list[dict], tools: list[dict], variables: dict) -> int:
         """How far a text is the rendering of its first messages."""
-        if not messages:
-            return 0
         try:
-            before = self._text(messages, tools, variables)
+            return _common(text, self._text(messages, tools, variables)) if messages else 0
         except ChatError:
             return 0
-        if text.startswith(before):
-            return len(before)
-        return next(i for i in range(len(before)) if before[i] != text[i : i + 1])
 
     def _spans_by_prompts(
         self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
@@ -219,7 +221,8 @@ class JinjaTemplate(Template):
         """Where the answer that ends `text` begins: behind the longest prompt for the messages before it.
 
         Where the template cannot render those alone (there are none, or it insists on a question), behind the
-        opening that a prompt adds. None if there is no such place.
+        opening that a prompt adds. Where a finished answer lacks a part of the opening (DeepSeek R1's <think>), where
+        it departs from the prompt. None if there is no such place.
         """
         prompts = []
         for choice in self._choices(variables):
@@ -229,11 +232,20 @@ class JinjaTemplate(Template):
                 prompts.append(None)
         if any(prompts):
             starts = [len(prompt) for prompt in prompts if prompt and text.startswith(prompt)]
-            return max((start for start in starts if done <= start < len(text)), default=None)
+            start = max((start for start in starts if done <= start < len(text)), default=None)
+            return self._departure(text, prompts, messages, tools, variables) if start is None else start
         for opening in sorted(self._openings(variables), key=len, reverse=True):
             if (at := text.find(opening, done)) >= 0 and at + len(opening) < len(text):
                 return at + len(opening)
         return None
+
+    def _departure(
+        self, text: str, prompts: list[str | None], messages: list[dict], tools: list[dict], variables: dict
+    ) -> int | None:
+        """Where a text departs from its prompt, if that is within what the prompt adds to the messages."""
+        before = self._text(messages, tools, variables)
+        start = max(_common(text, prompt) for prompt in prompts if prompt)
+        return start if text.startswith(before) and len(before) < start < len(text) else None
 
     def _choices(self, variables: dict) -> list[dict]:
         """The variables with which the prompt of an answer may have been rendered: reasoning on or off."""
@@ -243,13 +255,11 @@ class JinjaTemplate(Template):
 
     def _openings(self, variables: dict) -> set[str]:
         """What prompts add to the messages."""
-        question = [{"role": "user", "content": "q"}]
         found = set()
         for choice in self._choices(variables):
-            text, prompt = self._text(question, [], choice), self._prompt(question, [], choice)
-            if prompt.startswith(text) and prompt != text:
-                found.add(prompt[len(text) :])
-        return found
+            text, prompt = self._text([_QUESTION], [], choice), self._prompt([_QUESTION], [], choice)
+            found.add(prompt[_common(text, prompt) :])
+        return found - {""}
 
     # --- stop tokens ---
 
@@ -270,13 +280,13 @@ class JinjaTemplate(Template):
     @cached_property
     def _stop_tokens(self) -> tuple[str, str]:
         """The tokens of the next role that end a plain answer and a tool call; "" where an answer ends by itself."""
-        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "answerq"}
+        answer = {**_ANSWER, "content": "answerq"}
         call = {"id": "call00001", "type": "function", "function": {"name": "toolq", "arguments": {}}}
         result = {"role": "tool", "name": "toolq", "tool_call_id": "call00001", "content": "r"}
-        plain = self._stop_token([question, answer], question)
+        plain = self._stop_token([_QUESTION, answer], _QUESTION)
         if not plain:
             return "", ""
-        called = self._stop_token([question, {**answer, "content": "", "tool_calls": [call]}], result)
+        called = self._stop_token([_QUESTION, {**answer, "content": "", "tool_calls": [call]}], result)
         return plain, called or plain
 
     def _stop_token(self, messages: list[dict], following: dict) -> str:
@@ -308,6 +318,13 @@ class JinjaTemplate(Template):
             raise ChatError(
                 "answer not rendered", f"message {index}: {self.name} leaves out or changes {answer[:40]!r}"
             )
+
+
+def _common(text: str, other: str) -> int:
+    """Length of what two texts begin with alike."""
+    if text.startswith(other):
+        return len(other)
+    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

@@ -151,15 +151,10 @@ def test_nano3_without_tags():
     reference = load_template("nano3")
     template = load_template("unmarked.jinja", source=unmarked(reference.source))
     assert not template._marked
-    refused = 0
     for case in VECTORS[:200]:
-        chat = case["messages"], case.get("tools")
-        try:
+        if case["expected"]["sequences"] is not None:
+            chat = case["messages"], case.get("tools")
             assert trained(template.sequences(*chat)) == trained(reference.sequences(*chat)), case["id"]
-        except ChatError as error:
-            assert case["expected"]["sequences"] is None and error.reason == "spans undetermined"
-            refused += 1
-    assert 0 < refused <= sum(case["expected"]["sequences"] is None for case in VECTORS[:200])
 
 
 def test_refused_when_spans_cannot_be_determined(write):

@@ -214,11 +214,11 @@ def test_null_content_stays_null(marked, missing):
 
 
 @both
-def test_none_is_never_trained(marked):
-    with pytest.raises(ChatError, match="prints None"):
-        jinja("{{ m.content }}{{ m.tool_calls[0].function.name }}", marked=marked).training_sequences(
-            [USER, calling({}, None)]
-        )
+@pytest.mark.parametrize("body", ["{{ m.content }}", "{{ m.content | trim }}", "{{ 'x' if 'x' in m.content }}"])
+def test_none_is_never_trained(marked, body):
+    """A template that prints null content as Python's None, or fails on it, gets it as empty text."""
+    template = jinja(body + "{{ m.tool_calls[0].function.name if m.tool_calls else 'a' }}", marked=marked)
+    assert trained(template, [USER, calling({}, None)]) == [["get" + END]]
 
 
 ARGUMENTS = {
@@ -254,12 +254,20 @@ def test_null_and_empty_keys_are_absent(marked, absent):
     assert trained(jinja(STRICT, marked=marked), chat) == [["a" + END]]
 
 
-@pytest.mark.parametrize("content", ["text", "parts"])
-def test_content_in_parts(content):
-    reads = "{{ m.content if m.content is string else m.content | map(attribute='text') | join }}"
-    template = jinja(reads if content == "parts" else "{{ m.content }}")
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ m.content }}",
+        "{{ m.content if m.content is string else m.content | map(attribute='text') | join }}",
+        "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}",
+    ],
+)
+def test_content_in_parts_and_as_text(body):
+    loop = "{% for m in messages %}[" + body + "]{% endfor %}{{ '[' if add_generation_prompt }}"
+    template = load_template("x.jinja", source=loop)
+    assert trained(template, [USER, ANSWER]) == [["a]"]]
     chat = [USER, answer([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]
-    assert trained(template, chat) == [["ab" + END]]
+    assert trained(template, chat) == [["ab]"]]
 
 
 # --- reasoning ---------------------------------------------------------------------------------------------
@@ -392,20 +400,32 @@ SYSTEM = (
     "{%- if messages[0].role == 'system' -%}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"
     "{%- set messages = messages[1:] -%}{%- endif -%}"
 )
+ASKS = "{%- if not messages | selectattr('role', 'equalto', 'user') | list -%}{{ raise_exception('ask') }}{%- endif -%}"
 INSISTS = (
     "{%- if messages[0].role == 'system' and messages | length < 2 -%}{{ raise_exception('no question') }}{%- endif -%}"
 )
 
 
 @both
-@pytest.mark.parametrize("before", ["", SYSTEM, INSISTS])
+@pytest.mark.parametrize("before", ["", SYSTEM, INSISTS, ASKS])
 def test_an_answer_may_come_first(marked, before):
     template = jinja("{{ m.content }}", before, marked)
     chat = [answer("hello"), user("q1"), answer("a1")]
     assert trained(template, chat) == [["hello" + END, "a1" + END]]
     assert trained(template, [{"role": "system", "content": "s"}, *chat]) == [["hello" + END, "a1" + END]]
-    assert trained(template, [answer("assistant"), answer("two")]) == [["assistant" + END, "two" + END]]
+    if before != ASKS:
+        assert trained(template, [answer("assistant"), answer("two")]) == [["assistant" + END, "two" + END]]
     assert trained(load_template("nano3"), chat) == [["hello" + END, "a1" + END]]
+
+
+def test_an_answer_that_lacks_a_part_of_the_prompt():
+    """DeepSeek R1's prompt opens <think>, which its finished answers do not have: trained from where they depart."""
+    source = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
+        "{{ '<assistant><think>\n' if add_generation_prompt }}"
+    )
+    template = load_template("r1.jinja", source=source)
+    assert trained(template, [USER, ANSWER, USER, ANSWER]) == [["a</s>", "a</s>"]]
 
 
 GLM = """[gMASK]
