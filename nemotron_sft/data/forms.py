@@ -75,13 +75,13 @@ class Form:
         """
         parts = dict(self.parts)
         messages = _READERS[self.name](record, parts)
-        system = record.get(parts["system"]) if "system" in parts else None
+        system = _value(record, parts, "system")
         if system and not (messages and type(messages[0]) is dict and messages[0].get("role") == "system"):
             messages = [{"role": "system", "content": system}, *messages]
         if seen is not None:
             more = [m for m in messages if type(m) is dict and len(m) > 2]
             seen.update({key for message in more for key in NOTED & message.keys() if message[key] is not None})
-        tools = record.get(parts["tools"]) if "tools" in parts else None
+        tools = _value(record, parts, "tools")
         return messages, _tools(tools) if tools else []
 
 
@@ -240,7 +240,7 @@ def _sharegpt_message(message: Any) -> Any:
 def _alpaca(record: dict, parts: dict[str, str]) -> list:
     texts = [_text(record, parts, part) for part in ("prompt", "input")]
     messages = []
-    history = _parsed(record.get(parts.get("history", "")), "bad history") or []
+    history = _parsed(_value(record, parts, "history"), "bad history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ChatError("bad history", "not a list of pairs of texts")
     for question, answer in history:
@@ -249,9 +249,14 @@ def _alpaca(record: dict, parts: dict[str, str]) -> list:
     return [*messages, {"role": "user", "content": prompt}, _answer(record, parts)]
 
 
+def _value(record: dict, parts: dict[str, str], part: str) -> Any:
+    """What a record has for a part, None where the form has no field for it."""
+    return record.get(parts[part]) if part in parts else None
+
+
 def _text(record: dict, parts: dict[str, str], part: str) -> str:
     """One field's text, "" where there is none."""
-    value = record.get(parts.get(part, ""))
+    value = _value(record, parts, part)
     if value is not None and not isinstance(value, str):
         raise ChatError(f"bad {part}", f"{parts[part]} is a {type(value).__name__}, not a text")
     return value or ""

@@ -203,20 +203,20 @@ def assign_splits(conversations: np.ndarray, ratios: list[float], seed: int) -> 
     """The split, 0..len(ratios)-1, of every sequence, by the hash of its conversation.
 
     conversations: (N,) uint64; ratios sum to 1. Returns (N,) int8. A split's share is its ratio, up to
-    chance. Data too small for that still gives one conversation to every split with a ratio above 0 (later
-    splits first) while there are enough different ones.
+    chance. Data too small for that still gives one conversation to every split with a ratio above 0 (the first,
+    which is trained on, before all others, then the later ones) while there are enough different ones.
     """
     bounds = np.cumsum(ratios)[:-1] * 2.0**64
     which = np.empty(len(conversations), np.int8)
     for first in range(0, len(which), 1 << 20):  # in blocks, for the sake of memory
         draws = scrambled(conversations[first : first + (1 << 20)], seed).astype(np.float64)
         which[first : first + (1 << 20)] = np.searchsorted(bounds, draws, side="right")
-    for split in reversed(range(len(ratios))):
+    for split in (0, *reversed(range(1, len(ratios)))):
         if ratios[split] == 0 or (which == split).any():
             continue
         sizes = [len(np.unique(conversations[which == other])) for other in range(len(ratios))]
         largest = int(np.argmax(sizes))
-        if sizes[largest] > 1:
+        if sizes[largest] > (split > 0):
             draws = scrambled(conversations, seed)
             which[draws == draws[which == largest].max()] = split
     return which

@@ -277,7 +277,7 @@ def test_split_rules(conversations, ratios, seed):
     which = merge.assign_splits(np.array(conversations, np.uint64), list(ratios), seed)
     assert len({(c, w) for c, w in zip(conversations, which, strict=True)}) == len(set(conversations))
     used, wanted = set(which.tolist()), {i for i, ratio in enumerate(ratios) if ratio}
-    assert used <= wanted
+    assert used <= wanted and (0 in used or ratios[0] == 0)
     assert len(used) == min(len(wanted), len(set(conversations)))
 
 
