@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from nemotron_sft.config import nearest
 from nemotron_sft.console import say
 from nemotron_sft.errors import UserError
@@ -86,7 +89,6 @@ def compose(task: Callable, config_name: str) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     import hydra
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     sys.path.append(str(ROOT))  # where Hydra finds hydra_plugins
     # Let exceptions reach us instead of Hydra's own reporter, which exits with 1 and hides the key's neighbours.
@@ -173,7 +175,6 @@ def own_keys(config_name: str) -> list[str]:
 def help_text(about: str, config_name: str, arguments: list[str]) -> str:
     """What --help prints: what the app is for, its groups with their options, and the config as composed."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(config_name, [argument for argument in arguments if not argument.startswith("-")])

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import orjson
+
 from nemotron_sft.errors import UserError
 
 
@@ -123,8 +125,6 @@ def _sync_directory(directory: Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write plain data (NumPy scalars included) as indented JSON, atomically, keys in the order given."""
-    import orjson
-
     options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     with AtomicFile(path) as file:
         file.write(orjson.dumps(value, option=options, default=str))

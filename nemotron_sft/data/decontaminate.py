@@ -139,7 +139,7 @@ def kinds() -> np.ndarray:
 # The rest is compiled by Numba.
 
 
-def _scan(text, kinds, keys, items, out):
+def _scan(text, kinds, keys, items, out):  # noqa: C901 -- one loop, which Numba compiles
     """Go through the runs of 13 words in `text`, UTF-8 in lower case; kinds: see there.
 
     With keys (a table) until one is in it: returns its item and the bytes [start, end) of the run, or (-1, 0, 0).

@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+import orjson
+
 
 def conversation_digest(messages: list[Any], tools: list[Any] | None = None) -> int:
     """The hash, 0 to 2**64 - 1, of a conversation as it was given (not of its rendering).
@@ -13,8 +15,6 @@ def conversation_digest(messages: list[Any], tools: list[Any] | None = None) -> 
     The order of keys does not count, nor does a key that is null, nor the form of the file: JSON lines and Parquet
     give the same. Any two of 10 million different conversations are taken for one with probability 3e-6.
     """
-    import orjson
-
     value = [messages, tools] if tools else [messages]
     try:
         text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import orjson
+
 _MARK = b"\xef\xbb\xbf"  # byte order mark in UTF-8
 _DIGITS = bytes(ord("0") if chr(i).isdigit() else 1 for i in range(128)) + b"\1" * 128
 _LONG = b"0" * 19  # so many digits may be an integer beyond 64 bits
@@ -24,8 +26,6 @@ def loads(text: bytes) -> Any:
     orjson reads it. What that refuses or rounds (NaN, lone surrogates, integers beyond 64 bits) Python's own json
     reads. Raises NotJSON.
     """
-    import orjson
-
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:

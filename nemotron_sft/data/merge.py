@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +16,10 @@ import numpy as np
 
 from nemotron_sft import __version__
 from nemotron_sft.config import Prep
+from nemotron_sft.console import progress
 from nemotron_sft.data import duplicates, packed, reading, report
-from nemotron_sft.data.packed import SPLITS
+from nemotron_sft.data.packed import SPLITS, pack_dtype, write_packs
+from nemotron_sft.data.packing import members, pack
 from nemotron_sft.data.plan import Plan, template_options
 from nemotron_sft.data.spool import Spool
 from nemotron_sft.data.units import CHOSEN, LENGTH_EDGES, SUMS
@@ -101,8 +105,6 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
 
 
 def _allow_open_files(count: int) -> None:
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count + 100:
         wanted = count + 100 if hard == resource.RLIM_INFINITY else min(hard, count + 100)
@@ -229,10 +231,6 @@ def _write_split(
 
     An empty split has no file.
     """
-    from nemotron_sft.console import progress
-    from nemotron_sft.data.packed import pack_dtype, write_packs
-    from nemotron_sft.data.packing import members, pack
-
     path = todo.directory / (name + {"npy": ".npy", "parquet": ".idx.parquet"}[cfg.format])
     for other in todo.directory.glob(f"{name}.*"):  # of an earlier run, perhaps in the other format
         if other != path or not len(chosen):
@@ -266,8 +264,6 @@ def _write_split(
 def _ahead(function: Callable, arguments: Iterable, threads: int) -> Iterator:
     """map(function, arguments) with up to `threads` results made ahead, by threads: reading, copying, hashing and
     writing arrays all let other threads run."""
-    from concurrent.futures import ThreadPoolExecutor
-
     if threads == 1:
         yield from map(function, arguments)
         return

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.files import AtomicFile, write_json
@@ -293,8 +294,6 @@ def read_sequences(path: str | Path, index: int) -> tuple[np.ndarray, np.ndarray
 
 def read_metadata(directory: str | Path) -> dict:
     """The metadata of a finished output; UserError where there is none or one of another format version."""
-    import orjson
-
     path = Path(directory) / "metadata.json"
     try:
         metadata = orjson.loads(path.read_bytes())

@@ -108,7 +108,7 @@ def _group(keys, n):
     return order, starts
 
 
-def _best_fit(by_length, starts, pack_size, bins):
+def _best_fit(by_length, starts, pack_size, bins):  # noqa: C901 -- one loop, which Numba compiles
     """Fill `bins` by best-fit decreasing and return the number of bins.
 
     by_length (N,): items grouped by ascending length; length l is by_length[starts[l]:starts[l + 1]].

@@ -17,13 +17,19 @@ the number of workers leaves no trace in the output.
 from __future__ import annotations
 
 import errno
+import fcntl
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +135,6 @@ def disk_errors(where: Path) -> Iterator[None]:
 @contextmanager
 def locked(directory: Path, shared: bool = False) -> Iterator[None]:
     """One preparation at a time in a directory, or any number of its shards. The lock goes with the process."""
-    import fcntl
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,8 +190,6 @@ def run_units(todo: Plan, pool: Executor | None = None, mine: Sequence[Unit] | N
 
 def _each(todo: Plan, waiting: list[Unit], pool: Executor | None) -> Iterator[tuple[Unit, dict]]:
     """(unit, statistics) of every unit, as they are done."""
-    from concurrent.futures import as_completed
-
     if not pool:
         for unit in waiting:
             yield unit, run_unit(todo, unit)
@@ -205,10 +207,6 @@ def start_workers(count: int, cfg: Prep) -> Iterator[Executor]:
 
     Raises UserError if one of them is killed.
     """
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
     # A fork server: workers start with the modules imported, and without this process's threads and locks.
     context = get_context("forkserver")
     context.set_forkserver_preload(["nemotron_sft.data.units"])
@@ -228,10 +226,6 @@ def start_workers(count: int, cfg: Prep) -> Iterator[Executor]:
 
 def _start_worker(tokenizer: str) -> None:
     """Set up a worker: it leaves Ctrl-C to its parent, and ends when the parent ends, whatever the cause."""
-    import multiprocessing
-    import signal
-    import threading
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:

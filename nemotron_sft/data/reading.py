@@ -3,7 +3,9 @@ system."""
 
 from __future__ import annotations
 
+import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,9 +98,6 @@ def whole(file: File) -> Piece:
 @contextmanager
 def opened(file: File) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed. Raises UserError when it cannot be opened or is damaged."""
-    import gzip
-    import zlib
-
     import zstandard
 
     path = file.path

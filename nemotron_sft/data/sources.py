@@ -16,6 +16,7 @@ number of the line, array element or row, counted from 0.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -67,8 +68,6 @@ def _is_glob(path: str) -> bool:
 
 
 def _glob(path: Path) -> list[Path]:
-    import glob
-
     return [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
 
 

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
+from nemotron_sft.data.chat import load_template
+
 VOCABULARY = 2048
 # Of each conversation kind; `chat` mixes copy, lookup, sort and add over one to three turns.
 TRAIN = {"chat": 6000, "tool": 450, "reasoning": 400}
@@ -196,59 +198,78 @@ def generate(seed: int = 0) -> tuple[list[dict], list[dict]]:
     sum, the pair of function and item) never occurs in training, under whatever words and after whatever turns.
     """
     rng = random.Random(seed)
-    heldout: list[dict] = []
     reserved: set[str] = set()
+    heldout = heldout_chats(rng, reserved)
+    pairs = [(name, item) for name in FUNCTIONS for item in THINGS]
+    rng.shuffle(pairs)
+    cut = HELDOUT["tool_call"] + HELDOUT["tool_answer"]
+    heldout += heldout_tools(rng, pairs[:cut])
+    train = training(rng, reserved, pairs[cut:])
+    asked = {m["content"] for record in train for m in record["messages"] if m["role"] == "user"}
+    last = [[m["content"] for m in record["messages"] if m["role"] == "user"][-1] for record in heldout]
+    assert not asked & set(last), "a held-out prompt occurs in training"
+    return train, heldout
 
-    def system() -> dict:
-        return {"role": "system", "content": rng.choice(SYSTEM)}
 
-    def fresh(task: str) -> Turn:
-        while True:
-            user, answer = CHAT[task](rng)
-            if material(task, user, answer) not in reserved:
-                return user, answer
+def system(rng: random.Random) -> dict:
+    """A system message."""
+    return {"role": "system", "content": rng.choice(SYSTEM)}
 
+
+def fresh(rng: random.Random, task: str, reserved: set[str]) -> Turn:
+    """A question and answer of `task` whose material is not reserved for the held-out prompts."""
+    while True:
+        user, answer = CHAT[task](rng)
+        if material(task, user, answer) not in reserved:
+            return user, answer
+
+
+def heldout_chats(rng: random.Random, reserved: set[str]) -> list[dict]:
+    """Held-out prompts without tools; what they ask about is added to `reserved`."""
+    heldout = []
     for task in CHAT:
         for index in range(HELDOUT[task]):
             before = [CHAT[rng.choice(list(CHAT))](rng)] if index % 4 == 3 else []
             # Two digits are a table of 100 sums, all of it in training: only longer sums are held out.
-            user, answer = fresh(task)
+            user, answer = fresh(rng, task, reserved)
             while task == "add" and user.count("+") < 2:
-                user, answer = fresh(task)
+                user, answer = fresh(rng, task, reserved)
             reserved.add(material(task, user, answer))
-            prompt = [system(), *messages(before), {"role": "user", "content": user}]
+            prompt = [system(rng), *messages(before), {"role": "user", "content": user}]
             heldout.append({"task": task, "messages": prompt, "answer": answer})
+    return heldout
 
-    pairs = [(name, item) for name in FUNCTIONS for item in THINGS]
-    rng.shuffle(pairs)
-    cut = HELDOUT["tool_call"] + HELDOUT["tool_answer"]
-    for index, (name, item) in enumerate(pairs[:cut]):
+
+def heldout_tools(rng: random.Random, pairs: list[tuple[str, str]]) -> list[dict]:
+    """Held-out prompts about pairs of function and item: the call, and then the answer to its result."""
+    heldout = []
+    for index, (name, item) in enumerate(pairs):
         turn = tool_turn(rng, name, item)
         if index < HELDOUT["tool_call"]:
             task, prompt, answer = "tool_call", turn[:1], call_text(name, item)
         else:
             task, prompt, answer = "tool_answer", turn[:3], turn[3]["content"]
-        record = {"task": task, "messages": [system(), *prompt], "tools": [tool(name)], "answer": answer}
+        record = {"task": task, "messages": [system(rng), *prompt], "tools": [tool(name)], "answer": answer}
         heldout.append(record)
+    return heldout
 
+
+def training(rng: random.Random, reserved: set[str], pairs: list[tuple[str, str]]) -> list[dict]:
+    """The training conversations, without what is reserved, and with these pairs of function and item."""
     train: list[dict] = []
     for _ in range(TRAIN["chat"]):
-        turns = [fresh(rng.choice(list(CHAT))) for _ in range(rng.choice(TURNS))]
-        train.append({"messages": [system(), *messages(turns)]})
+        turns = [fresh(rng, rng.choice(list(CHAT)), reserved) for _ in range(rng.choice(TURNS))]
+        train.append({"messages": [system(rng), *messages(turns)]})
     for _ in range(TRAIN["tool"]):
         name = rng.choice(list(FUNCTIONS))
-        item = rng.choice([item for other, item in pairs[cut:] if other == name])
-        train.append({"messages": [system(), *tool_turn(rng, name, item)], "tools": [tool(name)]})
+        item = rng.choice([item for other, item in pairs if other == name])
+        train.append({"messages": [system(rng), *tool_turn(rng, name, item)], "tools": [tool(name)]})
     while len(train) < sum(TRAIN.values()):
         turn = reasoning(rng)
         if turn[0]["content"].partition("\n")[2] not in reserved:
-            train.append({"messages": [system(), *turn]})
+            train.append({"messages": [system(rng), *turn]})
     rng.shuffle(train)
-
-    asked = {m["content"] for record in train for m in record["messages"] if m["role"] == "user"}
-    last = [[m["content"] for m in record["messages"] if m["role"] == "user"][-1] for record in heldout]
-    assert not asked & set(last), "a held-out prompt occurs in training"
-    return train, heldout
+    return train
 
 
 def spellings() -> list[str]:
@@ -280,8 +301,6 @@ def train_tokenizer(texts: Iterable[str]):
 
 def write(out: Path, seed: int = 0) -> None:
     """Write train.jsonl, heldout.jsonl and tokenizer/ under `out`."""
-    from nemotron_sft.data.chat import load_template
-
     train, heldout = generate(seed)
     template = load_template("nano3")
     chats = (template.render(record["messages"], record.get("tools")) for record in train)

@@ -24,6 +24,7 @@ import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,6 @@ def artifact(name: str, path: str | Path, files: list[dict], metadata: dict, **m
 
 
 def packages() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:

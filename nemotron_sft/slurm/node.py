@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from nemotron_sft.console import visible
 from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.paths import TYPED
@@ -29,8 +31,6 @@ from nemotron_sft.paths import TYPED
 
 def run(task: Callable, arguments: list[str]) -> None:
     """Call `task` with the frozen config; exit with 2 for what the user can mend, 1 for any other error."""
-    from omegaconf import OmegaConf
-
     _, config, _, job, *overrides = arguments
     cfg = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(overrides))
     typed = Path(config).with_name("command.txt")

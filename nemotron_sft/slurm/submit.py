@@ -36,6 +36,7 @@ from nemotron_sft.paths import ROOT, TYPED
 from nemotron_sft.record import code_version
 from nemotron_sft.slurm.follow import Task, follow
 from nemotron_sft.slurm.script import Script, Slurm, write_scripts
+from nemotron_sft.train.versions import WrongVersions
 
 SCHEMAS = {"train": TrainConfig, "prep": Prep}
 
@@ -112,10 +113,8 @@ def launch(app: str, configs: list[DictConfig]) -> int:
 
 def preflight(configs: list[DictConfig]) -> None:
     """Print what each run would need. Takes seconds, and Megatron-Bridge, which a login node may not have."""
-    from nemotron_sft.train.versions import WrongVersions
-
     try:
-        from nemotron_sft.train.plan import plan
+        from nemotron_sft.train.plan import plan  # noqa: PLC0415 -- NumPy and Megatron-Bridge
 
         for cfg in configs:
             plan(check(cfg, TrainConfig))
@@ -143,7 +142,7 @@ def freeze(app: str, cfg: DictConfig, name: str, index: int | None) -> None:
     if app != "train":
         return
     if cfg.data.path == "latest":
-        from nemotron_sft.data.packed import find_data  # NumPy
+        from nemotron_sft.data.packed import find_data  # noqa: PLC0415 -- NumPy
 
         cfg.data.path = str(find_data(cfg.data.path, cfg.output_dir))
     if cfg.run_dir is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemotron_sft.errors import UserError, first_line
-from nemotron_sft.train import peft
+from nemotron_sft.train import hf, peft
 from nemotron_sft.train.compat.bridge import adapter_state
 from nemotron_sft.train.compat.cpu import adapt_model
 from nemotron_sft.train.start import this_machine
@@ -93,8 +93,6 @@ def alone() -> Iterator[None]:
 
 def _with_hf_weights(model, directory: str) -> list:
     """Build a model provider's model and fill it from a Hugging Face directory."""
-    from nemotron_sft.train import hf
-
     model.perform_initialization = False
     model.finalize()
     built = model.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=this_machine().on_cpu)

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import estimate, hf, peft, tuning, values
+from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.start import Machine
 from nemotron_sft.train.topology import check_topology
@@ -171,8 +172,6 @@ def _schedule(container, config: TrainConfig) -> None:
 
 def _dataset(container, config: TrainConfig, metadata: dict | None, data_dir: Path | None, machine: Machine) -> None:
     """Point Bridge to the packs."""
-    from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
-
     model, validation = container.model, container.validation
     container.dataset = packed_dataset_provider(
         path=str(data_dir),

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from omegaconf import OmegaConf
+
 from nemotron_sft.data.packed import open_packs, read_metadata
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import write_json
@@ -105,8 +108,6 @@ def export(run_dir: Path, path: Path | str | None) -> Export | None:
 
 
 def _job(run_dir: Path, path: Path | str | None) -> _Job:
-    from omegaconf import OmegaConf
-
     iteration = newest_iteration(run_dir / "checkpoints")
     if iteration is None:
         raise UserError(f"{run_dir} has no checkpoint to export")
@@ -279,7 +280,6 @@ def free_memory() -> int:
 
 def sample_tokens(data_dir: Path, vocabulary: int):
     """Token ids (1, n) int64 with n <= SAMPLE: the first document of the training data, or random ones without it."""
-    import numpy as np
     import torch
 
     with contextlib.suppress(UserError, OSError):

@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemotron_sft.data.opened import open_template, open_tokenizer
 from nemotron_sft.data.packed import open_packs
 from nemotron_sft.data.tokens import Tokenizer
@@ -75,8 +77,6 @@ def turn_ends(data_dir: Path, tokenizer: Tokenizer) -> list[int]:
 
 def _answers(data_dir: Path) -> Iterator[Any]:
     """Token ids of trained spans, from the first packs."""
-    import numpy as np
-
     with suppress(UserError, OSError):
         for pack in open_packs(data_dir / "training.npy")[:PACKS_READ]:
             for start, end in pairwise(pack["cu_seqlens"]):

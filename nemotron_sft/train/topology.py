@@ -10,41 +10,57 @@ def check_topology(model, world_size: int, row: int) -> None:
 
     model: Bridge's model provider; row: tokens of a forward pass, all packs of a micro batch together.
     """
-    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    context, expert = model.context_parallel_size, model.expert_model_parallel_size
-    expert_tensor = model.expert_tensor_parallel_size or tensor
-    parts = layer_kinds(model)
-
-    def divides(divisor: int, key: str, number: int | None, what: str) -> None:
-        if number and number % divisor:
-            options = [n for n in range(1, min(number, 64) + 1) if number % n == 0]
-            raise UserError(
-                f"model.{key}={divisor} does not divide the {number} {what}: choose one of {listed(options)}"
-            )
-
     for key in ("tensor", "pipeline", "context", "expert"):
         name = f"{key}_model_parallel_size" if key != "context" else "context_parallel_size"
         if getattr(model, name) < 1:
             raise UserError(f"model.{name}={getattr(model, name)}: at least 1")
-    divides(tensor, "tensor_model_parallel_size", model.num_attention_heads, "attention heads")
+    _check_widths(model)
+    _check_layers(model)
+    _check_experts(model)
+    _check_row(model, row)
+    _check_processes(model, world_size)
+
+
+def _divides(divisor: int, key: str, number: int | None, what: str) -> None:
+    """Raise UserError unless the value of model.`key` divides the number, where there is one."""
+    if number and number % divisor:
+        options = [n for n in range(1, min(number, 64) + 1) if number % n == 0]
+        raise UserError(f"model.{key}={divisor} does not divide the {number} {what}: choose one of {listed(options)}")
+
+
+def _check_widths(model) -> None:
+    """What tensor parallelism cuts: heads, vocabulary, hidden units."""
+    tensor, key, parts = model.tensor_model_parallel_size, "tensor_model_parallel_size", layer_kinds(model)
+    _divides(tensor, key, model.num_attention_heads, "attention heads")
     groups = model.num_query_groups or model.num_attention_heads
     if groups % tensor and tensor % groups:
         raise UserError(
             f"model.tensor_model_parallel_size={tensor} is neither a divisor nor a multiple of the {groups} query "
             f"groups (key/value heads): choose one of {listed([n for n in range(1, groups + 1) if groups % n == 0])}"
         )
-    divides(tensor, "tensor_model_parallel_size", model.vocab_size, "entries of the vocabulary")
+    _divides(tensor, key, model.vocab_size, "entries of the vocabulary")
     if "mlp" in parts:
-        divides(tensor, "tensor_model_parallel_size", model.ffn_hidden_size, "hidden units of the feed-forward layers")
+        _divides(tensor, key, model.ffn_hidden_size, "hidden units of the feed-forward layers")
     if "mamba" in parts:
-        divides(tensor, "tensor_model_parallel_size", mamba_heads(model), "Mamba heads")
-        divides(tensor, "tensor_model_parallel_size", model.mamba_num_groups, "Mamba groups")
-    if not (model.num_layers_in_first_pipeline_stage or model.num_layers_in_last_pipeline_stage or layout(model)):
-        virtual = model.virtual_pipeline_model_parallel_size or 1
-        divides(pipeline * virtual, "pipeline_model_parallel_size", len(layers_of(model)), "layers")
-    if "moe" in parts:
-        divides(expert, "expert_model_parallel_size", model.num_moe_experts, "experts")
-        divides(expert_tensor, "expert_tensor_parallel_size", expert_width(model), "hidden units of an expert")
+        _divides(tensor, key, mamba_heads(model), "Mamba heads")
+        _divides(tensor, key, model.mamba_num_groups, "Mamba groups")
+
+
+def _check_layers(model) -> None:
+    """Pipeline stages of equal length, unless the user divides the layers."""
+    if model.num_layers_in_first_pipeline_stage or model.num_layers_in_last_pipeline_stage or layout(model):
+        return
+    stages = model.pipeline_model_parallel_size * (model.virtual_pipeline_model_parallel_size or 1)
+    _divides(stages, "pipeline_model_parallel_size", len(layers_of(model)), "layers")
+
+
+def _check_experts(model) -> None:
+    """Experts over GPUs, and within them; and what core demands of tensor parallelism beside them."""
+    tensor, expert = model.tensor_model_parallel_size, model.expert_model_parallel_size
+    expert_tensor = model.expert_tensor_parallel_size or tensor
+    if "moe" in layer_kinds(model):
+        _divides(expert, "expert_model_parallel_size", model.num_moe_experts, "experts")
+        _divides(expert_tensor, "expert_tensor_parallel_size", expert_width(model), "hidden units of an expert")
     elif expert > 1:
         raise UserError(f"model.expert_model_parallel_size={expert}, but the model has no experts: set it to 1")
     if model.sequence_parallel and tensor == 1:
@@ -54,6 +70,11 @@ def check_topology(model, world_size: int, row: int) -> None:
         )
     if expert > 1 and tensor > 1 and not model.sequence_parallel:
         raise UserError("experts spread over GPUs with tensor parallelism need model.sequence_parallel=true")
+
+
+def _check_row(model, row: int) -> None:
+    """The tokens of a row over context- and sequence-parallel ranks."""
+    tensor, context = model.tensor_model_parallel_size, model.context_parallel_size
     if context > 1 and row % (2 * context):
         raise UserError(
             f"rows of {row} tokens do not divide into 2 x {context} pieces (model.context_parallel_size={context}): "
@@ -64,6 +85,13 @@ def check_topology(model, world_size: int, row: int) -> None:
             f"sequence parallelism splits the {row // context} tokens of a row over {tensor} GPUs "
             f"(model.tensor_model_parallel_size), which does not divide them: choose another pack_size"
         )
+
+
+def _check_processes(model, world_size: int) -> None:
+    """Processes over the groups that hold one copy of the model."""
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    context, expert = model.context_parallel_size, model.expert_model_parallel_size
+    expert_tensor = model.expert_tensor_parallel_size or tensor
     for group, formula in (
         (tensor * pipeline * context, f"tensor {tensor} x pipeline {pipeline} x context {context}"),
         (expert * expert_tensor * pipeline, f"expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline}"),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_sft.errors import UserError
+from nemotron_sft.train import hf
 from nemotron_sft.train.compat.bridge import model_state
 from nemotron_sft.train.compat.conversion import SAVED_AS
 from nemotron_sft.train.peft import Adapter
@@ -273,8 +274,6 @@ class HuggingFaceReader:
     """The same from a Hugging Face directory: what training started from, as Megatron holds it."""
 
     def __init__(self, skeleton: Skeleton, directory: Path):
-        from nemotron_sft.train import hf
-
         self.directory = directory
         self._files = hf.weight_files(directory)
         self._tasks = {plain_name(task.param_name): task for task in skeleton.tasks}

@@ -350,7 +350,7 @@ CRASHES = {
     "before a spool file is renamed": "os.replace = crash(os.replace, 2)",
     "before merging": "merge._mix = crash(merge._mix, 1)",
     "in the second chunk": "merge._assemble = crash(merge._assemble, 2)",
-    "between two splits": "packed.write_packs = crash(packed.write_packs, 2)",
+    "between two splits": "merge.write_packs = crash(merge.write_packs, 2)",
     "before the commit": "packed.write_metadata = crash(packed.write_metadata, 1)",
     "before tidying up": "shutil.rmtree = crash(shutil.rmtree, 1)",
 }
