@@ -24,6 +24,9 @@ def hugging_face(args: Namespace, master: bool, compiled: bool) -> Iterator[dict
     Packs are rows of a batch, without any isolation between the documents in them: transformers has none for Mamba.
     master: fp32 master weights (Transformer Engine's Adam), or else weights and moments in bf16 alone.
     """
+    import mamba_ssm.ops.triton.selective_state_update
+    import mamba_ssm.ops.triton.ssd_combined  # noqa: F401 -- transformers looks for both, and computes slowly without
+
     yield {}
     model = build()
     optimizer = adam(model, master)

@@ -179,14 +179,16 @@ def _product() -> Any:
 
 
 def _add_to_main_grads(weights: tuple, gradients: Any) -> None:
-    """Add (experts, out, in) to the fp32 buffers that core keeps, and tell core so, as Transformer Engine does."""
+    """Add (experts, out, in) to the fp32 buffers that core keeps, and tell core so, as Transformer Engine does.
+
+    The first of a step finds zeros there and need not read them; core takes back its mark when it clears the buffers.
+    """
     buffers = [weight.main_grad for weight in weights]
     whole = _stacked(buffers)
-    if whole is not None:
-        whole.add_(gradients)
-    else:
-        for buffer, gradient in zip(buffers, gradients, strict=True):
-            buffer.add_(gradient)
+    first = not any(getattr(weight, "grad_added_to_main_grad", True) for weight in weights)
+    pairs = zip(buffers, gradients, strict=True) if whole is None else [(whole, gradients)]
+    for buffer, gradient in pairs:
+        buffer.copy_(gradient) if first else buffer.add_(gradient)
     for weight in weights:
         weight.grad_added_to_main_grad = True
 
