@@ -30,13 +30,13 @@ def memory(
 
 
 def tokens_with_logits(model, metadata: dict | None) -> float:
-    """Share of the tokens whose logits are computed: all, or the trained ones where the forward step (`step.py`) leaves
-    out the others. Without data, all."""
-    divided = model.sequence_parallel or model.context_parallel_size > 1 or model.mtp_num_layers
-    if metadata is None or divided or getattr(model, "hybrid_layer_pattern", None):
+    """Share of the tokens whose logits are computed: the trained ones (`step.py` leaves out the others), and with
+    multi-token prediction as many before every answer as it looks ahead. Without data, all."""
+    split = metadata["splits"]["training"] if metadata else {}
+    if not split.get("tokens"):
         return 1.0
-    split = metadata["splits"]["training"]
-    return split["trained_tokens"] / split["tokens"] if split["tokens"] else 1.0
+    ahead = (model.mtp_num_layers or 0) * split["sequences"]
+    return min(1.0, (split["trained_tokens"] + ahead) / split["tokens"])
 
 
 def held(model, parts: Sizes) -> list[tuple[float, float, float]]:

@@ -15,7 +15,7 @@ BF16, FP32 = 2, 4  # bytes
 CROSS_ENTROPY = {
     # Bytes per entry of the vocabulary and token: at most while the loss is computed, and kept for the backward pass.
     "native": (10, 4),  # logits in bf16, a copy in fp32, its exponentials in fp32; the last are kept
-    "te": (4, 2),  # Transformer Engine works in place
+    "te": (4, 2),  # their gradient takes the place of the logits; as much again is there by measurement
     "unfused": (6, 4),
 }
 

@@ -12,11 +12,11 @@ from nemotron_sft.train.sizes import BF16, Sizes, linear_layers, mtp_kinds, size
 
 # Share of the GPU's bf16 peak that a kind's matrices reach in long rows, what lies between the products included.
 # Experts reach it with many tokens each, and half of it with EXPERT_TOKENS.
-EFFICIENCY = {"attention": 0.49, "mlp": 0.49, "head": 0.49, "mamba": 0.35, "moe": 0.38}
-EXPERT_TOKENS = 600
+EFFICIENCY = {"attention": 0.49, "mlp": 0.49, "head": 0.49, "mamba": 0.35, "moe": 0.5}
+EXPERT_TOKENS = 400
 # Milliseconds in which the host launches one pass through a sub-layer, and through an adapter. Passes: forward, input
 # gradients, weight gradients, and forward again where activations are recomputed.
-HOST_MS = {"attention": 1.0, "mlp": 1.0, "head": 1.0, "mamba": 1.5, "moe": 9.8}
+HOST_MS = {"attention": 1.0, "mlp": 1.0, "head": 1.0, "mamba": 1.5, "moe": 4.3}
 ADAPTER_MS = 0.5
 MEMORY_RATE = 2.3e12  # bytes per second that the optimizer's kernel moves
 # Bytes per second of a GPU's links, within a node of eight and beyond it.
