@@ -148,6 +148,7 @@ class Blend:
     name: str | None = MISSING
     path: str | None = MISSING  # a blend file (JSON or YAML) to read `datasets` from
     datasets: list[Any] = MISSING  # entries: name, path, and as needed split, subset, revision, weight, filter
+    mix: str = "passes"  # what weights are: passes over the data, or proportions
 
 
 @dataclass
@@ -199,6 +200,7 @@ class Prep:
     sample: int | None = MISSING  # records per data set
     seed: int = MISSING
     format: str = MISSING  # npy | parquet
+    keep_spool: bool = MISSING  # of tokens, for another pack_size
     output_dir: str | None = MISSING
     workers: int | None = MISSING
     shards: int = MISSING

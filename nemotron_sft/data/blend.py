@@ -2,7 +2,8 @@
 
     {"datasets": [{"name": "chat", "path": "org/name", "split": "train", "weight": 1.0}, ...]}
 
-written in conf/blend/NAME.yaml, or in any JSON or YAML file given as `blend=FILE`.
+written in conf/blend/NAME.yaml, or in any JSON or YAML file given as `blend=FILE`. Beside datasets a blend can have
+`mix`, one of MIXES: what weights mean.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from nemotron_sft import config
 from nemotron_sft.data.jsontext import NotJSON, loads
 from nemotron_sft.errors import UserError
 
+MIXES = ("passes", "proportions")
 FORMS = ("openai", "sharegpt", "alpaca", "pairs")  # see forms.py
+
+
+NUMBERS = {"weight": "the number of passes or, with mix: proportions, the share", "loss_weight": "a factor"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Dataset:
     path: a file, a glob, a directory, an fsspec URL, or a hub id `org/name` (also `hf://org/name`).
     subset, split: which part of a hub data set or directory, by the names its card or its files give.
     weight: passes over the data; 0.25 takes a seeded quarter, 1.5 takes all once and a seeded half again, 0
-        leaves the data set out.
+        leaves the data set out. With mix "proportions" it is the share of the records, in any unit.
+    loss_weight: what a token counts in the loss. weight_field: where a record says it too; the two are multiplied.
     filter: {field: value}: keep records whose field equals the value, or contains it if the field is a list.
     form: one of FORMS, None to find it from the first records. fields: {part: field} where the form's parts are, if
         not under their usual names. messages_field, tools_field: short for two of these.
@@ -39,6 +45,8 @@ class Dataset:
     subset: str | None = None
     revision: str | None = None
     weight: float = 1.0
+    loss_weight: float = 1.0
+    weight_field: str = "weight"
     filter: dict[str, Any] = field(default_factory=dict)
     form: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
@@ -54,28 +62,32 @@ class Dataset:
         return True
 
 
-def load_blend(blend: config.Blend) -> tuple[str, list[Dataset]]:
-    """The blend's name and its data sets, from the composed config or from the file that `blend.path` names.
+def load_blend(blend: config.Blend) -> tuple[str, list[Dataset], str]:
+    """The blend's name, its data sets and its mix, from the composed config or the file that `blend.path` names.
 
     Raises UserError for a missing or unreadable file, an unknown or missing field, a bad weight, or a
     repeated name.
     """
-    name, entries, where = blend.name, blend.datasets, f"blend {blend.name}"
+    name, entries, mix, where = blend.name, blend.datasets, blend.mix, f"blend {blend.name}"
     if not blend.path and not blend.datasets:
         raise UserError("no blend: say blend=FILE, or blend=NAME for one in conf/blend")
     if blend.path:
         path = Path(blend.path).expanduser()
-        name, entries, where = (name or path.stem), _read(path), str(path)
+        content = _read(path)
+        name, entries, where = (name or path.stem), content.get("datasets"), str(path)
+        mix = content.get("mix") or mix
+    if mix not in MIXES:
+        raise UserError(f"{where}: mix is {mix!r}: choose from {', '.join(MIXES)}")
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{where}: no data sets; expected {{"datasets": [{{"name": ..., "path": ...}}]}}')
     datasets = [_dataset(entry, f"{where}, datasets[{i}]") for i, entry in enumerate(entries)]
     names = [dataset.name for dataset in datasets]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: two data sets are named {repeated[0]}; give each its own name")
-    return name, [dataset for dataset in datasets if dataset.weight > 0]
+    return name, [dataset for dataset in datasets if dataset.weight > 0], mix
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict:
     import yaml
 
     if not path.is_file():
@@ -90,7 +102,7 @@ def _read(path: Path) -> Any:
             if path.suffix == ".json":
                 raise UserError(f"{path}:{not_json.line}: not JSON ({not_json})") from None
             raise UserError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
-    return content.get("datasets") if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def _dataset(entry: Any, where: str) -> Dataset:
@@ -109,22 +121,28 @@ def _dataset(entry: Any, where: str) -> Dataset:
                 if best
                 else f"{where}: unknown key {key}: known keys: {', '.join(known)}"
             )
-    for f in fields(Dataset):
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in entry:
-            raise UserError(f"{where}: {f.name} is missing")
-        wanted = dict if f.name in ("filter", "fields") else (int, float) if f.name == "weight" else str
-        if f.name == "weight" and isinstance(entry.get("weight"), str):
-            entry["weight"] = _number(entry["weight"])
-        if f.name in entry and (not isinstance(entry[f.name], wanted) or isinstance(entry[f.name], bool)):
-            raise UserError(f"{where}: {f.name} must be a {'number' if f.name == 'weight' else wanted.__name__}")
+    _check_types(entry, where)
     dataset = Dataset(**entry)
-    if not (math.isfinite(dataset.weight) and 0 <= dataset.weight <= 1000):
-        raise UserError(f"{where}: weight is the number of passes, 0 to 1000, not {dataset.weight}")
+    for key, meaning in NUMBERS.items():
+        if not (math.isfinite(getattr(dataset, key)) and 0 <= getattr(dataset, key) <= 1000):
+            raise UserError(f"{where}: {key} is {meaning}, 0 to 1000, not {getattr(dataset, key)}")
     if dataset.form not in (None, *FORMS):
         raise UserError(f"{where}: form {dataset.form}: choose from {', '.join(FORMS)}")
     if wrong := [part for part, name in dataset.fields.items() if not isinstance(name, str)]:
         raise UserError(f"{where}: fields.{wrong[0]} must be the name of a field")
     return dataset
+
+
+def _check_types(entry: dict, where: str) -> None:
+    """Refuse a field that is missing or of the wrong type; numbers that are text become numbers."""
+    for f in fields(Dataset):
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in entry:
+            raise UserError(f"{where}: {f.name} is missing")
+        wanted = dict if f.name in ("filter", "fields") else (int, float) if f.name in NUMBERS else str
+        if f.name in NUMBERS and isinstance(entry.get(f.name), str):
+            entry[f.name] = _number(entry[f.name])
+        if f.name in entry and (not isinstance(entry[f.name], wanted) or isinstance(entry[f.name], bool)):
+            raise UserError(f"{where}: {f.name} must be a {'number' if f.name in NUMBERS else wanted.__name__}")
 
 
 def _number(text: str) -> float | str:

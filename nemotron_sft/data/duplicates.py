@@ -61,14 +61,9 @@ def leave_out(found: Duplicates, spools: list[Spool]) -> None:
             continue
         index = spool.index()
         first = first_of_record(index)
-        spool.left_out = repeated[np.cumsum(first) - 1]
-        gone = index[spool.left_out]
-        copies = gone["copies"].astype(np.int64)
+        spool.leave_out(repeated[np.cumsum(first) - 1])
         spool.stats["records_kept"] -= int(repeated.sum())
         spool.stats["passes"] -= int(index["copies"][first][repeated].sum())
-        spool.stats["sequences"] -= int(copies.sum())
-        spool.stats["tokens"] -= int((copies * gone["length"]).sum())
-        spool.stats["trained_tokens"] -= int((copies * gone["trained"]).sum())
 
 
 def describe(found: Duplicates, spools: list[Spool], todo: Plan) -> list[dict]:

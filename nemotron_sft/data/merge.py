@@ -17,24 +17,27 @@ import numpy as np
 from nemotron_sft import __version__
 from nemotron_sft.config import Prep
 from nemotron_sft.console import progress
-from nemotron_sft.data import duplicates, packed, reading, report
+from nemotron_sft.data import duplicates, packed, reading, report, shares
 from nemotron_sft.data.packed import SPLITS, pack_dtype, write_packs
 from nemotron_sft.data.packing import members, pack
 from nemotron_sft.data.plan import Plan, template_options
+from nemotron_sft.data.shares import scrambled
 from nemotron_sft.data.spool import Spool
-from nemotron_sft.data.units import CHOSEN, LENGTH_EDGES, SUMS
+from nemotron_sft.data.units import CONTAMINATED, LENGTH_EDGES, SUMS
 from nemotron_sft.errors import UserError
 
 CHUNK_TOKENS = 2 << 20  # of output assembled at once
+CHOSEN = (*shares.TOO_LONG, CONTAMINATED)  # drops that the settings ask for
 
 
 @dataclass
 class Sequences:
-    """Where the sequences are, repeats included; all arrays (N,), so 16 bytes each however long they are."""
+    """Where the sequences are, repeats included; all arrays (N,), so 20 bytes each however long they are."""
 
     length: np.ndarray  # int32, tokens
     spool: np.ndarray  # int32, number of the spool file
     start: np.ndarray  # int64, byte offset of the tokens in it
+    weight: np.ndarray  # float32, of the tokens in the loss
 
     def __len__(self) -> int:
         return len(self.length)
@@ -43,7 +46,7 @@ class Sequences:
 def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1) -> dict:
     """Split, pack and write the tokens of all units, which must be done. Returns the metadata.
 
-    Writing metadata.json is the commit; the spool is removed after it. Raises UserError.
+    Writing metadata.json is the commit; unless cfg.keep_spool, the spool is removed after it. Raises UserError.
     """
     started = time.monotonic() if started is None else started
     directory = todo.directory
@@ -53,6 +56,11 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         repeats = duplicates.find_duplicates(spools)
         if cfg.dedup:
             duplicates.leave_out(repeats, spools)
+        if todo.proportions:
+            shares.take_shares(todo, spools)
+        for spool in spools:
+            shares.cut(spool, todo.pack_size, todo.truncate)
+            shares.count(spool)
         mix = _mix(todo, [spool.stats for spool in spools])
         for entry, about in zip(mix, duplicates.describe(repeats, spools, todo), strict=True):
             entry["duplicates"] = about
@@ -61,6 +69,8 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         conversations, sequences = _load(spools)
         if not len(sequences):
             raise UserError(f"blend {todo.name}: nothing to train on in {len(todo.files)} files")
+        if cfg.format == "parquet" and (sequences.weight != 1).any():
+            raise UserError("format=parquet has no place for weights in the loss, which this data has: use format=npy")
         (directory / "metadata.json").unlink(missing_ok=True)  # an older output ceases to exist here
         ratios = asdict(cfg.split)
         which = assign_splits(conversations, [ratios[name] for name in SPLITS], cfg.seed)
@@ -81,7 +91,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
                       "backend": tokenizer.backend, "vocab_size": tokenizer.vocab_size,
                       "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id},
         "template": {**template_options(cfg, tokenizer), "digest": todo.template.digest},
-        "blend": {"name": todo.name, "datasets": mix},
+        "blend": {"name": todo.name, "mix": "proportions" if todo.proportions else "passes", "datasets": mix},
         "splits": splits,
         "split_ratios": ratios,
         "lengths": {"edges": LENGTH_EDGES, "counts": lengths},
@@ -100,7 +110,8 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
     }  # fmt: skip
     report.write_report(directory, metadata, tokenizer)
     packed.write_metadata(directory, metadata)
-    shutil.rmtree(directory / "spool")
+    if not cfg.keep_spool:
+        shutil.rmtree(directory / "spool")
     return metadata
 
 
@@ -114,8 +125,8 @@ def _allow_open_files(count: int) -> None:
 def _mix(todo: Plan, stats: list[dict]) -> list[dict]:
     """Per data set: what was read, kept and dropped, and its requested and realised share of the mix.
 
-    Shares count records: requested is weight x records that pass the filter, realised what was really taken,
-    repeats included.
+    Shares count records: requested is weight x records that pass the filter (the weight alone where weights are
+    proportions), realised what was really taken, repeats included.
     """
     mix = []
     for number, dataset in enumerate(todo.datasets):
@@ -129,11 +140,12 @@ def _mix(todo: Plan, stats: list[dict]) -> list[dict]:
                     dropped[reason] = {"count": 0, "first": first, "detail": entry["detail"]}
                 dropped[reason]["count"] += entry["count"]
         flags = sum((Counter(s["flags"]) for _, s in mine), Counter())
-        sums = {key: sum(s[key] for _, s in mine) for key in SUMS}
+        sums = {key: sum(s[key] for _, s in mine) for key in (*SUMS, *shares.COUNTS)}
         about = {"name": dataset.name, "path": dataset.path, "weight": dataset.weight}
+        about["loss_weight"] = dataset.loss_weight
         about |= {"form": str(todo.forms[number]), "flags": dict(sorted(flags.items()))}
         mix.append({**about, **sums, "dropped": dropped})
-    asked = [entry["weight"] * entry["records_matched"] for entry in mix]
+    asked = [entry["weight"] * (1 if todo.proportions else entry["records_matched"]) for entry in mix]
     taken = [entry["passes"] for entry in mix]
     for entry, a, t in zip(mix, asked, taken, strict=True):
         entry |= {"requested_share": a / (sum(asked) or 1), "realised_share": t / (sum(taken) or 1)}
@@ -178,27 +190,17 @@ def _load(spools: list[Spool]) -> tuple[np.ndarray, Sequences]:
     `copies` times."""
     count = sum(spool.stats["sequences"] for spool in spools)
     conversations = np.empty(count, np.uint64)
-    found = Sequences(*(np.empty(count, dtype) for dtype in (np.int32, np.int32, np.int64)))
+    found = Sequences(*(np.empty(count, dtype) for dtype in (np.int32, np.int32, np.int64, np.float32)))
     first = 0
     for number, spool in enumerate(spools):
         index = spool.index()
         here = slice(first, first := first + spool.stats["sequences"])
         copies = index["copies"]
         conversations[here] = np.repeat(index["conversation"], copies)
-        found.length[here] = np.repeat(index["length"], copies)
-        found.start[here] = np.repeat(np.cumsum(index["length"], dtype=np.int64) - index["length"], copies) * 4
+        for name in ("length", "start", "weight"):
+            getattr(found, name)[here] = np.repeat(index[name], copies)
         found.spool[here] = number
     return conversations, found
-
-
-def scrambled(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """Hashes (N,) uint64 -> (N,) uint64, different for every seed: the output function of splitmix64 (Steele,
-    Lea and Flood 2014)."""
-    offset = np.array([(seed + 1) * 0x9E3779B97F4A7C15 % 2**64], np.uint64)
-    z = hashes + offset
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def assign_splits(conversations: np.ndarray, ratios: list[float], seed: int) -> np.ndarray:
@@ -315,6 +317,7 @@ def _assemble(
 
     records = packed.empty_packs(packs, dtype)
     records["source"][row, slot] = np.array([unit.dataset for unit in todo.units])[sequences.spool[chosen]]
+    records["weight"][row, slot] = sequences.weight[chosen]
     trained = signed < 0
     records["loss_mask"] = trained
     records["input_ids"] = np.where(trained, ~signed, signed)

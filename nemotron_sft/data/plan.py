@@ -55,6 +55,7 @@ class Plan:
     evaluation: Evaluation | None  # whose texts no record may share
     sample: int | None
     seed: int
+    proportions: bool  # whether weights are proportions of the datasets, and not passes over them
     drops_allowed: bool
     fingerprint: str  # of everything that shapes the output
 
@@ -64,11 +65,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The blend's name, its data sets, and the files of each."""
+    """The blend's name, its data sets, the files of each, and what the weights mean (a word of MIXES)."""
 
     name: str
     datasets: list[Dataset]
     files: list[list[File]]
+    mix: str = "passes"
 
     @property
     def bytes(self) -> int:
@@ -78,10 +80,10 @@ class Inputs:
 def find_inputs(cfg: Prep) -> Inputs:
     """Find the inputs, and download what is on the hub. Raises UserError, also for settings that cannot work."""
     validate(cfg)
-    name, datasets = load_blend(cfg.blend)
+    name, datasets, mix = load_blend(cfg.blend)
     base = Path(cfg.blend.path).expanduser().parent if cfg.blend.path else None
     found = [sources.find(dataset, download=cfg.sample is None, base=base) for dataset in datasets]
-    return Inputs(name, datasets, found)
+    return Inputs(name, datasets, found, mix)
 
 
 def output_directory(cfg: Prep, name: str) -> Path:
@@ -104,8 +106,10 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
     _belong_together(template, tokenizer)
     unit_bytes = max(UNIT_BYTES, inputs.bytes // MAX_UNITS)
     evaluation = load_evaluation(cfg.decontaminate)
-    shaping = [2, tokenizer.digest, template.digest, cfg.pack_size, cfg.over_long, cfg.sample, cfg.seed,
-               cfg.max_drop_ratio > 0, evaluation.stamps if evaluation else []]  # fmt: skip
+    proportions = inputs.mix == "proportions"
+    # Not among these: pack_size, over_long, and proportions. Merging sees to them, so changing one needs no tokenizing.
+    shaping = [3, tokenizer.digest, template.digest, cfg.sample, cfg.seed, cfg.max_drop_ratio > 0,
+               evaluation.stamps if evaluation else []]  # fmt: skip
     forms = [_form(cfg, dataset, files) for dataset, files in zip(datasets, found, strict=True)]
     units = []
     for index, (dataset, files) in enumerate(zip(datasets, found, strict=True)):
@@ -113,7 +117,8 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
             groups = [[reading.whole(file) for file in files]]
         else:
             groups = _grouped([p for file in files for p in reading.pieces(file, unit_bytes)], unit_bytes)
-        about = [*shaping, dataset.name, dataset.weight, dataset.filter, asdict(forms[index])]
+        weights = [None if proportions else dataset.weight, dataset.loss_weight, dataset.weight_field]
+        about = [*shaping, dataset.name, *weights, dataset.filter, asdict(forms[index])]
         for group in groups:
             key = _digest(about, [[p.file.label, p.file.stamp, p.start, p.stop] for p in group])
             units.append(Unit(key, index, tuple(group), sum(piece.bytes for piece in group)))
@@ -132,8 +137,20 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
         evaluation=evaluation,
         sample=cfg.sample,
         seed=cfg.seed,
+        proportions=proportions,
         drops_allowed=cfg.max_drop_ratio > 0,
-        fingerprint=_digest(keys, asdict(cfg.split), cfg.max_drop_ratio, cfg.dedup, cfg.format, tokenizer.pad_id),
+        fingerprint=_digest(
+            keys,
+            asdict(cfg.split),
+            cfg.max_drop_ratio,
+            cfg.dedup,
+            cfg.format,
+            tokenizer.pad_id,
+            cfg.pack_size,
+            cfg.over_long,
+            inputs.mix,
+            [dataset.weight for dataset in datasets],
+        ),
     )
 
 

@@ -20,11 +20,12 @@ import numpy as np
 
 from nemotron_sft.errors import UserError
 
-# conversation: hash of the conversation a sequence comes from; copies: how often it enters the data; piece, position:
-# its record, in the unit's piece of that number.
-INDEX = np.dtype([("conversation", "<u8"), ("length", "<i4"), ("trained", "<i4"), ("copies", "<u2"), ("piece", "<u4"),
-                  ("position", "<u8")])  # fmt: skip
-MAGIC = b"spool-2\n"
+# conversation: hash of the conversation a sequence comes from; start: byte of the file where its tokens begin; copies:
+# how often it enters the data; weight: of its tokens in the loss; piece, position: its record, in the unit's piece of
+# that number.
+INDEX = np.dtype([("conversation", "<u8"), ("start", "<i8"), ("length", "<i4"), ("trained", "<i4"), ("copies", "<u2"),
+                  ("weight", "<f4"), ("piece", "<u4"), ("position", "<u8")])  # fmt: skip
+MAGIC = b"spool-3\n"
 
 
 class SpoolWriter:
@@ -40,7 +41,10 @@ class SpoolWriter:
         return self
 
     def append(self, signed: np.ndarray, index: np.ndarray) -> None:
-        """Append sequences. signed: (tokens,) int32 as in the file; index: (sequences,) of INDEX."""
+        """Append sequences. signed: (tokens,) int32 as in the file; index: (sequences,) of INDEX, whose start is
+        filled in here."""
+        length = index["length"].astype(np.int64)
+        index["start"] = self.file.tell() + (np.cumsum(length) - length) * signed.itemsize
         self.file.write(signed.data)
         self.index.append(index)
 
@@ -61,8 +65,11 @@ class SpoolWriter:
 
 
 class Spool:
-    """A committed spool file. stats: the statistics of its unit; left_out: (sequences,) bool, those that are to have
-    no copies, None for none.
+    """A committed spool file. stats: the statistics of its unit.
+
+    What is decided when units are merged is laid over the index: left_out, (sequences,) bool, those that are to have
+    no copies; cut, the sequences (their numbers) that are shorter than in the file, with their length and how many of
+    their tokens are trained. None for nothing.
 
     Tokens are read with `pread`, not mapped: the kernel maps many pages around each one touched, and read in
     the random order of packs they would pile up in the process until memory grew with the data.
@@ -77,14 +84,22 @@ class Spool:
             os.close(self.fd)
             raise UserError(f"{path} is damaged: delete it and rerun")
         self.left_out: np.ndarray | None = None
+        self.cut: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self.stats: dict = json.loads(os.pread(self.fd, text, self._tokens + self._index))
 
     def index(self) -> np.ndarray:
-        """(sequences,) of INDEX, read from the file."""
+        """(sequences,) of INDEX, read from the file, with what was decided since."""
         index = np.frombuffer(bytearray(os.pread(self.fd, self._index, self._tokens)), INDEX)
         if self.left_out is not None:
             index["copies"][self.left_out] = 0
+        if self.cut is not None:
+            which, length, trained = self.cut
+            index["length"][which], index["trained"][which] = length, trained
         return index
+
+    def leave_out(self, which: np.ndarray) -> None:
+        """Give no copies of these sequences, (sequences,) bool, either."""
+        self.left_out = which if self.left_out is None else self.left_out | which
 
     def read_into(self, target: memoryview, start: int) -> None:
         """Fill `target`, a memoryview of bytes, with the tokens from byte `start` of the file on."""

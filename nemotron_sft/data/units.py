@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_sft.data import reading
-from nemotron_sft.data.chat import RECORD_KEYS, ChatError, per_record
+from nemotron_sft.data.chat import RECORD_KEYS, ChatError, per_record, record_weight
 from nemotron_sft.data.identity import conversation_digest
 from nemotron_sft.data.plan import Plan, Unit
 from nemotron_sft.data.spool import INDEX, Spool, SpoolWriter
@@ -31,9 +31,7 @@ from nemotron_sft.errors import UserError
 LENGTH_EDGES = [0, *(2**k for k in range(4, 21))]  # of the length histogram, in tokens
 BATCH_CHARACTERS = 2 << 20  # of text tokenized in one call
 CONTAMINATED = "in an evaluation set"
-CHOSEN = ("longer than pack_size", "no trained token within pack_size", CONTAMINATED)  # drops that the settings ask for
-SUMS = ("records_read", "records_matched", "records_kept", "passes", "sequences", "tokens", "trained_tokens",
-        "truncated")  # fmt: skip
+SUMS = ("records_read", "records_matched", "records_kept", "passes")
 
 
 def run_unit(todo: Plan, unit: Unit) -> dict:
@@ -60,6 +58,7 @@ class _Batch:
     sequences: list = field(default_factory=list)
     conversations: list[int] = field(default_factory=list)  # hash of the conversation it came from
     copies: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # in the loss
     origins: list[tuple[int, int]] = field(default_factory=list)  # (index of the piece, position)
     characters: int = 0
 
@@ -71,7 +70,8 @@ class _Work:
         self.todo, self.unit, self.dataset = todo, unit, todo.datasets[unit.dataset]
         self.form, self.flags = todo.forms[unit.dataset], Counter()
         self.stats: dict[str, Any] = {
-            **dict.fromkeys(SUMS, 0), "dropped": {}, "flags": self.flags, "lengths": [0] * (len(LENGTH_EDGES) - 1)
+            **dict.fromkeys((*SUMS, "tokens"), 0), "dropped": {}, "flags": self.flags,
+            "lengths": [0] * (len(LENGTH_EDGES) - 1),
         }  # fmt: skip
 
     def batches(self) -> Iterator[_Batch]:
@@ -85,6 +85,7 @@ class _Work:
                 continue
             try:
                 conversation, sequences = self.rendered(record)
+                weight = self.weight(record)
             except ChatError as error:
                 self.drop(error.reason, origin, str(error))
                 continue
@@ -96,6 +97,7 @@ class _Work:
                 batch.sequences.append(spans)
                 batch.conversations.append(conversation)
                 batch.copies.append(copies)
+                batch.weights.append(weight)
                 batch.origins.append(origin)
                 batch.characters += sum([len(text) for _, text in spans])
             if batch.characters >= BATCH_CHARACTERS:
@@ -116,9 +118,15 @@ class _Work:
         sequences = self.todo.template.training_sequences(messages, tools, **options)
         return conversation_digest(messages, tools), sequences
 
+    def weight(self, record: dict) -> float:
+        """What the record's tokens count in the loss. Raises ChatError."""
+        weight = record_weight(record, self.dataset.weight_field)
+        self.flags.update(["weight of the record"] if weight != 1 else [])
+        return weight * self.dataset.loss_weight
+
     def records(self) -> Iterator[tuple[tuple[int, int], dict]]:
         """((index of the piece, position), record) of every record that passes the filter."""
-        columns = [*self.form.columns, *RECORD_KEYS, *self.dataset.filter]
+        columns = [*self.form.columns, *RECORD_KEYS, self.dataset.weight_field, *self.dataset.filter]
         for index, piece in enumerate(self.unit.pieces):
             for position, record in reading.read(piece, columns, partial(self.malformed, index)):
                 self.stats["records_read"] += 1
@@ -127,6 +135,8 @@ class _Work:
 
     def copies(self, origin: tuple[int, int]) -> int:
         """How often a record enters the data: the whole passes, and one more for a seeded share."""
+        if self.todo.proportions:
+            return 1  # shares.py takes its part of them
         whole, part = divmod(self.dataset.weight, 1)
         if not part:
             return int(whole)
@@ -144,48 +154,36 @@ class _Work:
     def drop(self, reason: str, origin: tuple[int, int], detail: str = "") -> None:
         """Count a drop and remember the first of its kind. Raises UserError if the plan allows no drops."""
         detail = printable(detail)
-        if reason not in CHOSEN and not self.todo.drops_allowed:
+        if reason != CONTAMINATED and not self.todo.drops_allowed:
             where = reading.locate(self.unit.pieces[origin[0]].file, origin[1])
             raise UserError(f"{where}: {detail or reason}; fix it, or allow drops with max_drop_ratio=0.01")
         entry = self.stats["dropped"].setdefault(reason, {"count": 0, "first": origin, "detail": detail})
         entry["count"] += 1
 
     def write(self, batch: _Batch, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray, spool: SpoolWriter) -> None:
-        """Cut what is over-long, drop what has nothing to train on, and append the rest to the spool.
+        """Drop what has nothing to train on, and append the rest to the spool, whole, however long.
 
         ids, mask: (tokens,); offsets: (sequences + 1,), as `tokenize` returns them.
         """
-        todo, stats = self.todo, self.stats
+        stats = self.stats
         lengths = np.diff(offsets)
-        kept = np.minimum(lengths, todo.pack_size)
-        trained_before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-        trained = trained_before[offsets[:-1] + kept] - trained_before[offsets[:-1]]
-        over = lengths > todo.pack_size
+        trained = np.diff(np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])[offsets])
         good = trained > 0
-        if not todo.truncate:
-            good &= ~over
         for i in np.flatnonzero(~good):
-            unusable = trained_before[offsets[i + 1]] == trained_before[offsets[i]]
-            self.drop("no trained token" if unusable else CHOSEN[int(todo.truncate)], batch.origins[i])
-
+            self.drop("no trained token", batch.origins[i])
         signed = np.where(mask, ~ids, ids).astype("<i4", copy=False)
-        if over.any() or not good.all():
-            cut = [signed[offsets[i] : offsets[i] + kept[i]] for i in np.flatnonzero(good)]
-            signed = np.concatenate([signed[:0], *cut])
+        if not good.all():
+            signed = signed[np.repeat(good, lengths)]
         index = np.empty(int(good.sum()), INDEX)
         index["conversation"] = np.array(batch.conversations, np.uint64)[good]
         index["copies"] = np.array(batch.copies, np.uint16)[good]
-        index["length"], index["trained"] = kept[good], trained[good]
+        index["weight"] = np.array(batch.weights, np.float32)[good]
+        index["length"], index["trained"] = lengths[good], trained[good]
         index["piece"], index["position"] = np.array(batch.origins, np.uint64).reshape(-1, 2)[good].T
         spool.append(signed, index)
-
         counted = np.histogram(np.minimum(lengths, LENGTH_EDGES[-1]), LENGTH_EDGES)[0]
         stats["lengths"] = (counted + stats["lengths"]).tolist()
-        stats["truncated"] += int((over & good).sum())
-        copies = index["copies"].astype(np.int64)
-        stats["sequences"] += int(copies.sum())
-        stats["tokens"] += int((copies * index["length"]).sum())
-        stats["trained_tokens"] += int((copies * index["trained"]).sum())
+        stats["tokens"] += int(index["length"].sum())
 
 
 def printable(text: str, limit: int = 300) -> str:

@@ -21,7 +21,7 @@ def test_seed_format(tmp_path):
         {"name": "b", "path": "hf://org/b", "subset": "s", "revision": "v1", "filter": {"used_in": "x"}},
     ]
     entries[1]["_note"] = "a comment"
-    name, datasets = load_blend(blend_file(tmp_path, {"_comment": "two", "datasets": entries}))
+    name, datasets, _ = load_blend(blend_file(tmp_path, {"_comment": "two", "datasets": entries}))
     assert name == "mix"
     assert datasets == [
         Dataset("a", "a.jsonl", split="train", weight=2),

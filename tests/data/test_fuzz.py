@@ -20,7 +20,7 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "See.", 
     "type": "object", "properties": {"at": {"type": "string", "enum": ["sky"]}}, "required": ["at"]}}}  # fmt: skip
 VALID = {
     "messages": [
-        {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]},
+        {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER], "weight": 0.5},
         {"messages": [USER, {**ANSWER, "reasoning_content": "Look."}, USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
                       {"role": "tool", "content": "blue", "tool_call_id": "c1"}, ANSWER], "tools": [TOOL],

@@ -115,7 +115,7 @@ def test_tiny_end_to_end(configured, tmp_path):
     out = tmp_path / "out"
     assert unpacked(out) == expected(rows, 512)
     assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == [
-        "metadata.json", "report.html", "test.npy", "training.npy", "validation.npy"
+        "metadata.json", "report.html", "spool", "test.npy", "training.npy", "validation.npy"
     ]  # fmt: skip
     on_disk = json.loads((out / "metadata.json").read_text())
     assert on_disk == {k: v for k, v in metadata.items() if k not in ("directory", "unchanged")}
@@ -397,7 +397,7 @@ def small_units(monkeypatch):
 def test_killed_and_rerun(configured, tmp_path, small_units, monkeypatch, point):
     path = jsonl(tmp_path / "a.jsonl", records(300))
     prep.run(configured(path, output="straight"))
-    cfg, out = configured(path), tmp_path / "out"
+    cfg, out = configured(path, "keep_spool=false"), tmp_path / "out"
     killed = start(cfg, tmp_path, CRASHES[point])
     assert killed.wait(60) == -signal.SIGKILL, killed.stderr.read().decode()
     assert (out / "metadata.json").exists() == (point == "before tidying up")

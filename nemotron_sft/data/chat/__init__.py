@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_sft.config import unknown_key
-from nemotron_sft.data.chat.flags import RECORD_KEYS, per_record
+from nemotron_sft.data.chat.flags import RECORD_KEYS, per_record, record_weight
 from nemotron_sft.data.chat.jinja import JinjaTemplate
 from nemotron_sft.data.chat.messages import ROLES, ChatError, clean_messages
 from nemotron_sft.data.chat.nano_v2 import NanoV2
@@ -38,7 +38,7 @@ from nemotron_sft.data.chat.template import EMPTY_ANSWERS, HISTORIES, MASKS, Spa
 from nemotron_sft.errors import UserError
 
 __all__ = ["BUILT_IN", "HISTORIES", "MASKS", "RECORD_KEYS", "ROLES", "ChatError", "Span", "Template", "clean_messages",
-           "load_template", "per_record"]  # fmt: skip
+           "load_template", "per_record", "record_weight"]  # fmt: skip
 
 
 BUILT_IN = {

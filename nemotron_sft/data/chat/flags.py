@@ -2,7 +2,8 @@
 
 Obeyed or refused, never ignored. On a message: `weight` (OpenAI), `train`, `training`, `trainable` (Axolotl and
 others) and `loss` (ms-swift), each true or false, or 1 or 0. On a record: `train_turns`, one boolean per message,
-by itself or inside `metadata` (NVIDIA's Nemotron datasets), and `chat_template_kwargs`.
+by itself or inside `metadata` (NVIDIA's Nemotron datasets), `chat_template_kwargs`, and `weight`, what its tokens count
+in the loss.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from nemotron_sft.data.chat.messages import ChatError
 
 RECORD_KEYS = ("chat_template_kwargs", "metadata", "train_turns")  # what `per_record` reads
 MESSAGE_FLAGS = ("weight", "train", "training", "trainable", "loss")
+MOST_WEIGHT = 1_000_000  # of a record
 UNREADABLE_FLAGS = ("train_detail", "training_detail", "loss_scale", "loss_mask", "loss_weight", "masked")
 
 
@@ -35,6 +37,20 @@ def per_record(record: dict) -> dict[str, Any]:
     if turns is not None:
         found["train_turns"] = turns
     return found
+
+
+def record_weight(record: dict, name: str) -> float:
+    """What a record's tokens count in the loss: its field `name`, 1 where there is none. Raises ChatError."""
+    value = record.get(name)
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_WEIGHT:
+        raise ChatError(
+            "bad weight",
+            f"{name} is {str(value)[:40]!r}, not a number from 0 to {MOST_WEIGHT:,}; if it is no weight in the loss, "
+            "name another field with weight_field in the blend",
+        )
+    return float(value)
 
 
 def trained_messages(messages: list[dict], train_turns: Any = None) -> list[bool]:
