@@ -1,8 +1,8 @@
 """Chat data -> packed training data.
 
-    plan       the inputs, cut into work units                          nothing written      units.py
+    plan       the inputs, cut into work units                          nothing written      plan.py
     run_unit   records -> template -> tokens, one spool file per unit   any process          units.py
-    merge      split, pack, write                                       once all units are done
+    merge      split, pack, write                                       once all units are done              merge.py
 
     output/data/NAME/
         spool/KEY.spool      tokens of one unit; gone once the output is complete
@@ -48,11 +48,11 @@ from nemotron_sft.errors import UserError
 
 
 def run(cfg: Prep) -> dict:
-    """Prepare the data that `cfg` describes and return its metadata (docs/data.md lists the fields).
+    """Prepare the data that `cfg` describes and return its metadata (docs/format.md lists the fields).
 
     An output that exists already is left alone. Besides what metadata.json holds there are "directory", the
     output's, and "unchanged", whether it was left alone.
-    Raises UserError for anything the user can mend; the output then does not exist, and a rerun continues.
+    Raises UserError for anything the user can fix; the output then does not exist, and a rerun continues.
     """
     started = time.monotonic()
     inputs = plans.find_inputs(cfg)
