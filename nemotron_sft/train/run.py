@@ -24,7 +24,7 @@ from nemotron_sft.record import wandb
 from nemotron_sft.train import checkpoints, export, resume, tracked, vocabulary
 from nemotron_sft.train.checkpoints import starting_point
 from nemotron_sft.train.compat.cpu import adapt
-from nemotron_sft.train.compat.optimizer import scale_gradients_once
+from nemotron_sft.train.compat.optimizer import resume_at_another_rate, scale_gradients_once
 from nemotron_sft.train.container import build, resume_from
 from nemotron_sft.train.evaluation import Heldout
 from nemotron_sft.train.plan import plan
@@ -161,6 +161,7 @@ def configure(run: Run) -> Any:
             adapt(container)
         elif container.optimizer.clip_grad > 0:
             scale_gradients_once()
+        resume_at_another_rate()
         resume.check(container, run.directory, run.data_dir, run.metadata)
     except UserError:
         if run.created:

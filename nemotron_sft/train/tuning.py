@@ -1,4 +1,4 @@
-"""What a GPU run sets that neither Bridge's recipes nor its defaults do; docs/performance-method.md has the measurements."""
+"""What a GPU run sets that neither Bridge's recipes nor its defaults do; measured in docs/performance-method.md."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import pytest
 from nemotron_sft.errors import UserError
 from nemotron_sft.record import lineage
 from nemotron_sft.train import resume
+from nemotron_sft.train.compat.optimizer import take_rates
 from nemotron_sft.train.progress import Progress
 
 MODEL = {"hidden_size": 64, "hybrid_layer_pattern": "M*|M*E", "vocab_size": 2048, "kv_channels": None}
@@ -86,7 +87,8 @@ def test_metrics_go_on_behind_the_step_that_was_loaded(tmp_path):
                {"step": 2, "test_loss": 2.6}, {"step": 3, "loss": 1.0}]  # fmt: skip
     text = "".join(json.dumps(line) + "\n" for line in earlier)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "lo')
-    progress = Progress({"splits": {"training": {"tokens": 1, "packs": 1}}}, tmp_path, None, 0.0, 0, None)
+    metadata = {"version": 2, "blend": {"datasets": []}, "splits": {"training": {"tokens": 1, "packs": 1}}}
+    progress = Progress(metadata, tmp_path, None, 0.0, 0, None)
     progress.begin, progress.total = 2, 4
     with progress._continued() as file:
         file.write("end\n")
@@ -94,3 +96,13 @@ def test_metrics_go_on_behind_the_step_that_was_loaded(tmp_path):
         json.dumps(line) + "\n" for line in earlier[:4]
     ) + "end\n"
     assert (progress.losses, progress.validation, progress.test) == ([(1, 3.0), (2, 2.0)], [(2, 2.5)], None)
+
+
+def test_saved_parameter_groups_take_the_learning_rates_of_the_config():
+    saved = [{"wd_mult": 1.0, "max_lr": 1, "min_lr": 0, "step": 7}, {"wd_mult": 0.0, "max_lr": 1, "min_lr": 0}]
+    current = [{"wd_mult": 0.0, "max_lr": 3, "min_lr": 2}, {"pre_wd_mult": 1.0, "max_lr": 4, "min_lr": 1}]
+    take_rates(current, saved, ["wd_mult"])
+    assert saved == [{"wd_mult": 1.0, "max_lr": 4, "min_lr": 1, "step": 7}, {"wd_mult": 0.0, "max_lr": 3, "min_lr": 2}]
+    twins = [{"wd_mult": 1.0, "max_lr": 5}, {"wd_mult": 1.0, "max_lr": 6}]
+    take_rates(twins, saved, ["wd_mult"])
+    assert saved[0]["max_lr"] == 4, "which of two is meant cannot be told"

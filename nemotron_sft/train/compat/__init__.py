@@ -6,6 +6,7 @@
     attention.py    attention and rotary positions of packed rows
     mamba.py        Mamba layers
     gpu.py        what Megatron lacks, or does slowly, on a GPU
+    optimizer.py  gradients scaled once; a resumed run at another learning rate
     bridge.py     Bridge on either: where it finds configs, what it builds, what an adapter checkpoint holds
     conversion.py Hugging Face weights into a model: all of them, or none
     submitit.py   the sbatch script

@@ -1,6 +1,8 @@
-"""Gradients are scaled once a step: by the number of trained tokens and by clipping, in one pass."""
+"""The optimizer: gradients are scaled in one pass a step; a resumed run may have another learning rate."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from nemotron_sft.train.compat.registry import patch
 
@@ -55,3 +57,53 @@ def scale_gradients_once() -> None:
         return
     DistributedDataParallel.scale_gradients = scale_gradients
     optimizer.get_grad_norm_fp32, optimizer.clip_grad_by_total_norm_fp32 = get_grad_norm, clip
+
+
+RATES = ("max_lr", "min_lr")
+
+
+@patch(
+    {
+        "megatron.core.optimizer.optimizer:MegatronOptimizer._filter_and_reorder_param_groups": (
+            "(current_groups, state_dict_groups)"
+        ),
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict": "(self, state_dict)",
+        "megatron.core.optimizer.optimizer:param_group_identifier_keys": "tuple",
+    },
+    seen="megatron-core 0.19.2",
+    until="core finds a saved parameter group whose learning rate was another",
+)
+def resume_at_another_rate() -> None:
+    """Core recognises a saved parameter group by its settings, learning rates among them.
+
+    So a run that is resumed with another optimizer.lr ends with a ValueError, and where core took the group, the
+    schedule would go on with the old rate, which is a part of it.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
+
+    reorder, load = MegatronOptimizer._filter_and_reorder_param_groups, DistributedOptimizer.load_state_dict
+    keys = [key for key in param_group_identifier_keys if key not in RATES]
+
+    def reorder_groups(current_groups: list[dict], state_dict_groups: list[dict]) -> list[dict]:
+        take_rates(current_groups, state_dict_groups, keys)
+        return reorder(current_groups, state_dict_groups)
+
+    def load_state_dict(self: Any, state_dict: dict) -> Any:
+        take_rates(self.optimizer.param_groups, state_dict.get("optimizer", {}).get("param_groups", []), keys)
+        return load(self, state_dict)
+
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(reorder_groups)
+    DistributedOptimizer.load_state_dict = load_state_dict
+
+
+def take_rates(current: list[dict], saved: list[dict], keys: list[str]) -> None:
+    """Give each saved parameter group the learning rates of the current one with the same `keys`, if there is one."""
+
+    def identity(group: dict) -> tuple:
+        return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)
+
+    for group in saved:
+        same = [each for each in current if identity(each) == identity(group)]
+        if len(same) == 1:
+            group.update({rate: same[0][rate] for rate in RATES if rate in same[0]})
