@@ -24,6 +24,19 @@ SMALL = [
     "model.qk_layernorm=false",
 ]
 
+# The same with all kinds of layers of Nemotron 3: Mamba, attention, mixture of experts.
+SMALL_HYBRID = [
+    "model=tiny",
+    "model.hybrid_layer_pattern=MEM*",
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.num_attention_heads=2",
+    "model.num_query_groups=2",
+    "model.mamba_num_groups=2",
+    "heldout.path=null",
+    "train.packs_per_microbatch=2",
+]
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 

@@ -68,8 +68,8 @@ def _check_experts(model) -> None:
             "model.sequence_parallel=true needs tensor parallelism: set it to false, or raise "
             "model.tensor_model_parallel_size"
         )
-    if expert > 1 and tensor > 1 and not model.sequence_parallel:
-        raise UserError("experts spread over GPUs with tensor parallelism need model.sequence_parallel=true")
+    if "moe" in layer_kinds(model) and tensor > 1 and not model.sequence_parallel:
+        raise UserError("a model with experts and tensor parallelism needs model.sequence_parallel=true")
 
 
 def _check_row(model, row: int) -> None:
@@ -84,6 +84,21 @@ def _check_row(model, row: int) -> None:
         raise UserError(
             f"sequence parallelism splits the {row // context} tokens of a row over {tensor} GPUs "
             f"(model.tensor_model_parallel_size), which does not divide them: choose another pack_size"
+        )
+    if "mamba" in layer_kinds(model):
+        _check_mamba_shares(mamba_heads(model) // tensor, model.mamba_num_groups // tensor, context)
+
+
+def _check_mamba_shares(heads: int, groups: int, context: int) -> None:
+    """Context parallelism gives every rank whole rows of some heads of a Mamba layer, and their groups.
+
+    heads, groups: those of one tensor-parallel rank.
+    """
+    if heads % context or max(groups, context) % min(groups, context):
+        options = [n for n in range(1, heads + 1) if heads % n == 0 and max(groups, n) % min(groups, n) == 0]
+        raise UserError(
+            f"model.context_parallel_size={context} does not divide the {heads} heads in {groups} groups that a "
+            f"tensor-parallel rank has of a Mamba layer: choose one of {listed(options)}"
         )
 
 

@@ -50,6 +50,19 @@ def test_wrong_topology_of_every_model_is_refused(name, world_size, wrong, messa
     assert "\n" not in str(refused.value)
 
 
+def test_mamba_layers_give_every_context_parallel_rank_whole_heads(hf_dir):
+    given = options("nemotron_3_nano", hf_dir)
+    split = [
+        "model.sequence_parallel=false",
+        "model.tensor_model_parallel_size=1",
+        "model.expert_model_parallel_size=1",
+    ]
+    for context in (2, 16):  # in 64 heads of 8 groups
+        container(context, *given, *split, f"model.context_parallel_size={context}", "train.global_batch_size=16")
+    with pytest.raises(UserError, match="context_parallel_size=128 does not divide the 64 heads in 8 groups"):
+        container(128, *given, *split, "model.context_parallel_size=128", "train.global_batch_size=16")
+
+
 SHAPE = ["model=tiny_gpt", "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96",
          "model.num_attention_heads=4", "model.num_query_groups=2", "model.seq_length=64"]  # fmt: skip
 

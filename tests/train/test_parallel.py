@@ -96,15 +96,6 @@ def test_split_run_has_the_losses_of_one_process(split, tiny_data, weights, alon
     assert one[1] < alone[1] - 2
 
 
-def test_experts_spread_over_two_ranks(tiny_data, tmp_path):
-    experts = ["model.num_moe_experts=4", "model.moe_router_topk=2", "train.train_iters=5"]
-    train(1, tiny_data, tmp_path / "weights", *experts, "train.train_iters=1")
-    start = f"init_from={tmp_path}/weights/checkpoints"
-    one = train(1, tiny_data, tmp_path / "one", start, *experts)
-    two = train(2, tiny_data, tmp_path / "two", start, *experts, "model.expert_model_parallel_size=2")
-    assert len(one) == 5 and one == pytest.approx(two, abs=1e-4)
-
-
 def test_a_killed_rank_ends_the_run_and_is_named(tiny_data, tmp_path):
     process = subprocess.Popen(
         [*TORCHRUN, "recipes/train.py", f"data={tiny_data}", f"run_dir={tmp_path}/run", *SMALL,

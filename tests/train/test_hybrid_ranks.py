@@ -1,0 +1,50 @@
+"""A small Nemotron 3 on two CPU ranks: every split has the losses of one process, and no document sees another."""
+
+import sys
+
+import pytest
+from conftest import ROOT, SMALL_HYBRID, TORCHRUN, losses, run
+
+pytestmark = pytest.mark.slow
+SPLITS = {
+    "DP": [],
+    "EP": ["model.expert_model_parallel_size=2"],
+    "TP": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    "PP": ["model.pipeline_model_parallel_size=2"],
+    "CP": ["model.context_parallel_size=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def go_on(tiny_data, tmp_path_factory):
+    """A function that trains four steps from the same weights, on one or two ranks, and returns their losses."""
+    root = tmp_path_factory.mktemp("hybrid")
+    # Where context parallelism pads documents, the padding is routed too, and counts for the experts' balance.
+    still = ["model.moe_aux_loss_coeff=0.0", "model.moe_router_enable_expert_bias=false"]
+
+    def train(ranks, name, *overrides):
+        done = run(
+            *({1: [sys.executable], 2: TORCHRUN}[ranks]), "recipes/train.py", f"data={tiny_data}",
+            f"run_dir={root}/{name}", *SMALL_HYBRID, *still, "train.train_iters=4", "tracking=disabled", *overrides,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return losses(root / name)
+
+    train(1, "weights", "train.train_iters=1")
+    return lambda ranks, name, *overrides: train(ranks, name, f"init_from={root}/weights/checkpoints", *overrides)
+
+
+@pytest.fixture(scope="module")
+def alone(go_on):
+    return go_on(1, "alone")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_split_hybrid_has_the_losses_of_one_process(split, go_on, alone):
+    assert len(alone) == 4 and go_on(2, split, *SPLITS[split]) == pytest.approx(alone, abs=1e-4)
+
+
+def test_documents_that_are_cut_over_context_parallel_ranks_do_not_see_each_other():
+    done = run(*TORCHRUN, "tests/train/cut_documents.py", PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("others 0.0, own moved") == 2, done.stdout
