@@ -322,9 +322,17 @@ class Export:
 
 @dataclass
 class Heldout:
-    path: str | None = MISSING
+    """Prompts with checkable answers; see docs/evaluation.md."""
+
+    path: Any = MISSING  # a file, or {name: file}
+    interval: int | None = MISSING  # steps
     samples: int = MISSING
     max_new_tokens: int = MISSING
+    batch_size: int = MISSING
+    thinking: bool = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    seed: int = MISSING
 
 
 @dataclass

@@ -81,6 +81,16 @@ class Tracker:
     def log(self, values: dict, step: int | None = None) -> None:
         self._do(lambda: self.run.log(values, step=step))
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """Log a table."""
+
+        def log() -> None:
+            import wandb
+
+            self.run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
+
+        self._do(log)
+
     def inputs(self) -> None:
         """Declare the inputs that the record names."""
         known = [{key: entry[key] for key in ("artifact", "path", "digest")} for entry in self.record["inputs"]]

@@ -1,170 +1,121 @@
-"""Exact match on held-out prompts, by greedy generation."""
+"""Prompts with checkable answers, asked before, during and after training: scores, and heldout.json with the answers.
+
+    {"version": 2, "files": {NAME: {"path", "prompts", "chance"}},
+     "asked": [{"step", "scores": {NAME: share of right answers}, "answers": [...]}],
+     "prompts": [{"file", "question", "answer", "score"}]}
+
+"asked" holds the first and the newest time; the scores of all times are in metrics.jsonl, as score/NAME.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from nemotron_sft.config import TrainConfig
-from nemotron_sft.data.opened import open_template, open_tokenizer
+from nemotron_sft.config import Heldout as Settings
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import write_json
-from nemotron_sft.train.checkpoints import newest_iteration, trained_model
+from nemotron_sft.train.generate import Sampling, generate
+from nemotron_sft.train.progress import Progress
+from nemotron_sft.train.prompts import Prompts
+
+VERSION = 2
 
 
-@dataclasses.dataclass
-class Prompts:
-    """Held-out prompts, rendered and tokenized as at inference."""
-
-    records: list[dict]  # messages, answer, optionally tools and task
-    ids: list[np.ndarray]  # int32, one array per prompt, ending in the generation prompt
-    budget: list[int]  # tokens of the reference answer, plus its end and a little room for another spelling
-    decode: Callable[[np.ndarray], str]
-    eos_id: int
-
-
-def load_prompts(path: Path, metadata: dict) -> Prompts:
-    """Read a JSONL file of {"messages", "answer", optional "tools"}; template and tokenizer are the data's own."""
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"held-out prompts {path}: {error}; set heldout.path=null to train without them") from None
-    template, tokenizer = open_template(metadata), open_tokenizer(metadata)
-    texts = [template.generation_prompt(record["messages"], record.get("tools"), thinking=False) for record in records]
-    flat, offsets = tokenizer.encode_batch(texts)
-    ids = [flat[start:end] for start, end in itertools.pairwise(offsets)]
-    lengths = np.diff(tokenizer.encode_batch([record["answer"] for record in records])[1])
-    return Prompts(records, ids, [int(n) + 4 for n in lengths], tokenizer.decode, tokenizer.eos_id)
-
-
-def answer(prompts: Prompts, model, max_new_tokens: int) -> list[str]:
-    """The model's greedy answers, each up to its first end-of-turn token, or to where it can no longer be right.
-
-    model: a Megatron-Core GPT or hybrid model. All unfinished prompts form one packed row per step; without a cache
-    of keys and values the cost is quadratic in the answer's length, which short answers can afford.
-    """
-    import torch
-
-    rows = [list(map(int, ids)) for ids in prompts.ids]
-    unfinished = list(range(len(rows)))
-    model.eval()
-    with torch.no_grad():
-        for _ in range(max_new_tokens):
-            best = _next_tokens(model, [rows[i] for i in unfinished])
-            for i, token in zip(unfinished, best, strict=True):
-                rows[i].append(token)
-            unfinished = [
-                i
-                for i in unfinished
-                if rows[i][-1] != prompts.eos_id and len(rows[i]) < len(prompts.ids[i]) + prompts.budget[i]
-            ]
-            if not unfinished:
-                break
-    model.train()
-    new = (row[len(ids) :] for row, ids in zip(rows, prompts.ids, strict=True))
-    return [prompts.decode(np.array([t for t in tokens if t != prompts.eos_id], np.int32)).strip() for tokens in new]
-
-
-def _next_tokens(model, rows: list[list[int]]) -> list[int]:
-    """The most likely next token of each row; rows are packed into one THD batch."""
-    import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
-    from megatron.core.parallel_state import get_tensor_model_parallel_world_size
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-    lengths = torch.tensor([len(row) for row in rows])
-    ends = lengths.cumsum(0)
-    boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int().cuda()
-    longest = int(lengths.max())
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        total_tokens=int(ends[-1]),  # Mamba layers take the documents' boundaries from what this derives
-    )
-    tokens = torch.tensor([token for row in rows for token in row]).cuda()[None]
-    positions = torch.cat([torch.arange(n) for n in lengths]).cuda()[None]
-    with _logits_at((ends - 1).cuda(), model):
-        logits = model(tokens, positions, None, packed_seq_params=packed)
-    if get_tensor_model_parallel_world_size() > 1:
-        logits = gather_from_tensor_model_parallel_region(logits)
-    if logits.shape[1] != len(rows):
-        logits = logits[:, (ends - 1).cuda()]
-    return logits[0].argmax(-1).tolist()
-
-
-@contextlib.contextmanager
-def _logits_at(places, model):
-    """Compute no logits but those at `places` (k,), unless sequence parallelism divides the hidden states."""
-    from megatron.core.utils import unwrap_model
-
-    model = unwrap_model(model)
-    if model.config.sequence_parallel or not model.post_process:
-        yield
+def check(settings: Settings, container) -> None:
+    """Raise UserError for what cannot be asked while this run trains."""
+    if settings.path is None:
         return
-
-    def select(layer, arguments):
-        hidden, *others = arguments
-        return hidden.index_select(0, places), *others
-
-    hook = model.output_layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def exact_match(prompts: Prompts, answers: list[str]) -> float:
-    """Share of answers that equal the reference after stripping white space."""
-    right = [given == record["answer"].strip() for given, record in zip(answers, prompts.records, strict=True)]
-    return sum(right) / len(right)
+    if settings.interval is not None and settings.interval < 1:
+        raise UserError(f"heldout.interval={settings.interval} must be at least 1, or null: only before and after")
+    if settings.temperature < 0 or not 0 < settings.top_p <= 1:
+        raise UserError("heldout.temperature must be at least 0, and heldout.top_p above 0 and at most 1")
+    if settings.batch_size < 1 or settings.max_new_tokens < 1:
+        raise UserError("heldout.batch_size and heldout.max_new_tokens must be at least 1")
+    if container.model.context_parallel_size > 1:
+        raise UserError(
+            "heldout.path: the prompts cannot be answered by ranks that share one sequence: set heldout.path=null or "
+            "model.context_parallel_size=1"
+        )
 
 
 class Heldout:
-    """Answers the held-out prompts before training (the model in memory) and after (the saved checkpoint)."""
+    """Asks the prompts in the training loop: before the first step, every so many steps, and after the last.
 
-    def __init__(self, config: TrainConfig, metadata: dict, run_dir: Path, rank: int):
-        self.config, self.rank = config.heldout, rank
+    Training goes on as if it had not: no random numbers of training are drawn, nothing of the model is changed.
+    """
+
+    def __init__(self, settings: Settings, prompts: Prompts | None, run_dir: Path, rank: int, progress: Progress):
+        self.settings, self.prompts, self.rank, self.progress = settings, prompts, rank, progress
         self.file = run_dir / "heldout.json"
-        self.prompts = load_prompts(Path(config.heldout.path), metadata) if config.heldout.path else None
-        self.scores: dict[str, float] = {}
-        self.answers: dict[str, list[str]] = {}
-        if self.file.exists():  # resumed: the score from before the first start is the one to compare with
-            saved = json.loads(self.file.read_text())
-            asked = self.prompts and [record["messages"][-1]["content"] for record in self.prompts.records]
-            if asked == [row["question"] for row in saved["prompts"]]:  # not other prompts than then
-                self.scores["before"] = saved["exact_match"]["before"]
-                self.answers["before"] = [row["before"] for row in saved["prompts"]]
+        self.asked: list[dict] = []
+        saved = read(self.file)
+        if prompts and saved and saved["prompts"] == self._rows():  # resumed, and not other prompts than then
+            self.asked = saved["asked"]
 
     def register(self, manager) -> None:
+        """After Progress, which opens metrics.jsonl, and whose clock must not count the time of an evaluation."""
         manager.register("on_train_start", self.on_train_start)
+        manager.register("on_train_step_end", self.on_train_step_end)
 
     def on_train_start(self, context) -> None:
-        if self.prompts and "before" not in self.scores:
-            self._score("before", context.model[0].module)
+        step = context.state.train_state.step
+        self.asked = [entry for entry in self.asked if entry["step"] <= step]  # later steps will be trained again
+        finished = step == context.state.cfg.train.train_iters and self.asked and self.asked[-1]["step"] != step
+        if self.prompts and (not self.asked or finished):
+            self._ask(context, step)
 
-    def after(self, checkpoints: Path) -> None:
-        """Load the newest checkpoint into a fresh model and score it."""
-        if not self.prompts:
-            return
-        with trained_model(newest_iteration(checkpoints)) as model:
-            self._score("after", model)
+    def on_train_step_end(self, context) -> None:
+        """Before the step's checkpoint is saved: whoever resumes from that has the scores, too."""
+        step = context.state.train_state.step + 1  # Bridge counts after this callback
+        every = self.settings.interval
+        if self.prompts and (step == context.state.cfg.train.train_iters or (every and step % every == 0)):
+            self._ask(context, step)
 
-    def _score(self, when: str, model) -> None:
-        answers = answer(self.prompts, model, self.config.max_new_tokens)
-        self.answers[when], self.scores[when] = answers, exact_match(self.prompts, answers)
+    def _ask(self, context, step: int) -> None:
+        prompts, settings = self.prompts, self.settings
+        sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
+        tokens = generate(context.model, prompts.ids, prompts.budget, prompts.eos_id, sampling, settings.batch_size)
+        answers = [prompts.answer(each) for each in tokens]
+        scores = prompts.scores(answers)
+        self.asked = [*self.asked[:1], {"step": step, "scores": scores, "answers": answers}]
+        self.progress.scored(context.state, step, scores, self.table())
         if self.rank == 0:
-            rows = [
-                {"question": record["messages"][-1]["content"], "answer": record["answer"]}
-                | {when: self.answers[when][i] for when in self.answers}
-                for i, record in enumerate(self.prompts.records)
-            ]
-            write_json(self.file, {"exact_match": self.scores, "prompts": rows})
+            write_json(self.file, {"version": VERSION, "files": prompts.about(), "asked": self.asked,
+                                   "prompts": self._rows()})  # fmt: skip
+
+    def _rows(self) -> list[dict]:
+        """What was asked, as in heldout.json."""
+        names = [name for name, rows in self.prompts.files.items() for _ in rows]
+        return [
+            {"file": name, "question": self.prompts.question(i), "answer": record["answer"], "score": record["score"]}
+            for i, (name, record) in enumerate(zip(names, self.prompts.records, strict=True))
+        ]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows of the answers, first and newest, for W&B."""
+        columns = ["file", "question", "expected", *(f"step {entry['step']}" for entry in self.asked)]
+        answers = zip(*(entry["answers"] for entry in self.asked), strict=True)
+        rows = [
+            [row["file"], row["question"], _text(row["answer"]), *given]
+            for row, given in zip(self._rows(), answers, strict=True)
+        ]
+        return columns, rows
+
+
+def first_and_last(asked: list[dict]) -> list[tuple[str, list[float]]]:
+    """(name of a file, its scores) of the "asked" of a heldout.json."""
+    return [(name, [entry["scores"][name] for entry in asked]) for name in asked[0]["scores"]] if asked else []
+
+
+def read(path: Path) -> dict | None:
+    """A heldout.json; None if there is none, or one of another version."""
+    try:
+        saved = json.loads(path.read_text())
+        return saved if saved["version"] == VERSION else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _text(answer) -> str:
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)

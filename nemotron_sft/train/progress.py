@@ -25,7 +25,8 @@ class Progress:
     """Callbacks that print one progress line and write one JSON line per logged step.
 
     metrics.jsonl: {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"} for training,
-    {"step", "validation_loss"} and {"step", "test_loss"} for evaluation. Losses are means over trained tokens, in
+    {"step", "validation_loss"} and {"step", "test_loss"} for evaluation, {"step", "score/NAME", ...} for the prompts of
+    heldout.path. Losses are means over trained tokens, in
     nats; seconds count from the start of the process.
 
     The other fields of a training line are means over the steps since the last one: step_ms;
@@ -190,6 +191,20 @@ class Progress:
         self.test = from_last_stage(context.total_loss_dict)
         by_dataset = self._by_dataset(context.state, "test_loss", "test_tokens", "test_share")
         self._write(context.state, step=context.state.train_state.step, test_loss=self.test, **by_dataset)
+
+    def scored(self, state, step: int, scores: dict[str, float], answers: tuple[list[str], list[list[str]]]) -> None:
+        """Record the scores of an evaluation, whose time is not the next step's.
+
+        answers: columns and rows of what was asked and answered.
+        """
+        self._write(state, step=step, **{f"score/{name}": score for name, score in scores.items()})
+        if self.rank == 0:
+            self.tracked.answers(step, *answers)
+        self._line(
+            f"      step {step}  " + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()), done=True
+        )
+        self._start_interval(state)
+        self.since = step
 
     def _write(self, state, **values) -> None:
         ours = state.cfg.logger.skip_train_metrics_log  # otherwise Bridge writes those that are not by dataset

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from nemotron_sft.console import visible
-from nemotron_sft.train.evaluation import Heldout
+from nemotron_sft.train.evaluation import Heldout, first_and_last
 from nemotron_sft.train.progress import read_metrics
 
 
@@ -30,8 +30,8 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
         row("validation loss", f"{progress.validation[0][1]:.4f} -> {progress.validation[-1][1]:.4f}")
     if progress.test is not None:
         row("test loss", f"{progress.test:.4f}")
-    if "after" in scores.scores:
-        row("held-out exact match", f"{scores.scores['before']:.1%} -> {scores.scores['after']:.1%}")
+    for name, shares in first_and_last(scores.asked):
+        row(f"right answers, {name}", " -> ".join(f"{share:.1%}" for share in shares))
     row("tokens", f"{progress.tokens:,.0f}")
     row(
         "imports / first step / whole run",
@@ -39,15 +39,13 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
     )
     row("checkpoints", str(run_dir / "checkpoints"))
     out.print(table)
-    if "after" in scores.scores:
+    if len(scores.asked) > 1:
         examples = Table(title="Held-out answers", title_justify="left", show_lines=True)
-        for column in ("question", "right answer", "before", "after"):
+        columns, rows = scores.table()
+        for column in columns:
             examples.add_column(column, overflow="fold")
-        records = scores.prompts.records
-        for i in range(0, len(records), max(1, len(records) // scores.config.samples))[: scores.config.samples]:
-            before, after = (scores.answers[when][i] for when in ("before", "after"))
-            cells = (records[i]["messages"][-1]["content"], records[i]["answer"], before[:80], after[:80])
-            examples.add_row(*(Text(visible(cell)) for cell in cells))
+        for cells in rows[:: max(1, len(rows) // max(1, scores.settings.samples))][: scores.settings.samples]:
+            examples.add_row(*(Text(visible(cell[:200])) for cell in cells))
         out.print(examples)
     draw(run_dir)
 

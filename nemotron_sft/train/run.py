@@ -21,7 +21,7 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.files import AtomicFile
 from nemotron_sft.paths import STARTED, TYPED
 from nemotron_sft.record import wandb
-from nemotron_sft.train import checkpoints, export, resume, tracked, vocabulary
+from nemotron_sft.train import checkpoints, evaluation, export, resume, tracked, vocabulary
 from nemotron_sft.train.checkpoints import starting_point
 from nemotron_sft.train.compat.cpu import adapt
 from nemotron_sft.train.compat.optimizer import resume_at_another_rate, scale_gradients_once
@@ -29,6 +29,7 @@ from nemotron_sft.train.container import build, resume_from
 from nemotron_sft.train.evaluation import Heldout
 from nemotron_sft.train.plan import plan
 from nemotron_sft.train.progress import Progress
+from nemotron_sft.train.prompts import Prompts, load_prompts
 from nemotron_sft.train.report import summarise
 from nemotron_sft.train.signals import saving_on_sigterm
 from nemotron_sft.train.start import Machine, log_to_file, start_bridge, this_machine
@@ -44,6 +45,7 @@ class Run:
     machine: Machine
     data_dir: Path
     metadata: dict  # the data's metadata.json
+    prompts: Prompts | None  # of heldout.path
     directory: Path
     created: bool  # whether this process created the directory
 
@@ -113,12 +115,15 @@ def settle(config: TrainConfig, composed: DictConfig, machine: Machine) -> Run:
     tracked.resolve_names(config, rank, machine.world_size)
     data_dir = find_data(config.data.path, config.output_dir)
     metadata = check_data(data_dir, config.data.verify if rank == 0 else "sizes")
+    prompts = load_prompts(config.heldout, metadata)
     run_dir = agree_on_run_dir(config, machine)
     composed.data.path = str(data_dir)  # a resumed run, or an export, means the same data whatever is newest by then
     if config.peft.scheme or not resume_from(config, run_dir):
         config.init_from = starting_point(config.init_from) or "random"
     told = vocabulary.check(config, metadata)
-    run = Run(config, composed, machine, data_dir, metadata, run_dir, created=rank == 0 and not run_dir.exists())
+    run = Run(
+        config, composed, machine, data_dir, metadata, prompts, run_dir, created=rank == 0 and not run_dir.exists()
+    )
     if rank == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -162,6 +167,7 @@ def configure(run: Run) -> Any:
         elif container.optimizer.clip_grad > 0:
             scale_gradients_once()
         resume_at_another_rate()
+        evaluation.check(run.config.heldout, container)
         resume.check(container, run.directory, run.data_dir, run.metadata)
     except UserError:
         if run.created:
@@ -194,9 +200,9 @@ def fit(
         torch.distributed.init_process_group(machine.backend, store=store, rank=0, world_size=1)
     callbacks = CallbackManager()
     progress = Progress(run.metadata, run.directory, terminal, STARTED, rank, forward_step)
-    heldout = Heldout(config, run.metadata, run.directory, rank)
-    # In this order: answering before training is no part of step 1, and Progress resets what others may look at.
-    for observer in (heldout, *observers, progress):
+    heldout = Heldout(config.heldout, run.prompts, run.directory, rank, progress)
+    # In this order: Progress resets what others may look at, and keeps the record that Heldout adds to.
+    for observer in (*observers, progress, heldout):
         observer.register(callbacks)
     loop = pretrain if config.init_from == "random" and not config.checkpoint.load else finetune
     record = tracked.Training(config, run.composed, run.metadata, run.data_dir, run.directory, rank, terminal)
@@ -209,12 +215,9 @@ def fit(
 
 
 def conclude(run: Run, observed: Observed, terminal: TextIO) -> None:
-    """Answer the held-out prompts again, export if asked to (every rank its share), and report."""
-    first = run.machine.rank == 0
-    if first:
-        observed.heldout.after(run.directory / "checkpoints")
+    """Export if asked to (every rank its share), and report."""
     export_if_asked(run, terminal)
-    if first:
+    if run.machine.rank == 0:
         summarise(observed.progress, observed.heldout, run.directory, observed.imported, terminal)
 
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from nemotron_sft.console import table
 from nemotron_sft.errors import UserError
+from nemotron_sft.train import evaluation
 
 
 def find_run(path: Path) -> Path | None:
@@ -39,8 +40,9 @@ def summary(run_dir: Path) -> list[tuple[str, str]]:
         if found := [line[key] for line in lines if key in line]:
             change = f"{found[0]:.4f} -> {found[-1]:.4f}" if len(found) > 1 else f"{found[0]:.4f}"
             rows.append((name, change))
-    if scores := _scores(run_dir / "heldout.json"):
-        rows.append(("held-out exact match", " -> ".join(f"{score:.1%}" for score in scores)))
+    saved = evaluation.read(run_dir / "heldout.json")
+    for name, shares in evaluation.first_and_last(saved["asked"] if saved else []):
+        rows.append((f"right answers, {name}", " -> ".join(f"{share:.1%}" for share in shares)))
     saved = sorted(path.name for path in (run_dir / "checkpoints").glob("iter_*"))
     newest = f", the newest {saved[-1]}" if saved else ""
     rows.append(("checkpoints", f"{len(saved)}{newest}"))
@@ -53,11 +55,3 @@ def _read(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError as error:
         raise UserError(f"{path} holds a line that is no JSON ({error}): remove it") from None
-
-
-def _scores(path: Path) -> list[float]:
-    """The shares of right answers before and, if there was an after, after training."""
-    try:
-        return list(json.loads(path.read_text())["exact_match"].values())
-    except (OSError, ValueError, LookupError, AttributeError):  # none, or of another version
-        return []

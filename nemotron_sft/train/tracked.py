@@ -85,6 +85,10 @@ class Training:
             self.losses[step] = values["validation_loss"]
         self.tracker.log({name: value for name, value in values.items() if value is not None}, step)
 
+    def answers(self, step: int, columns: list[str], rows: list[list[str]]) -> None:
+        """A table of prompts and answers."""
+        self.tracker.table("answers", columns, rows, step)
+
     def on_checkpoint_save(self, context) -> None:
         """Bridge has committed a checkpoint; an asynchronous one may be older than the current step."""
         if self.rank == 0:

@@ -14,7 +14,7 @@ from nemotron_sft.train.compat.attention import accept_packed_attention, vectori
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.cuda import redirect_cuda
-from nemotron_sft.train.compat.mamba import documents_reach_mamba, use_mamba
+from nemotron_sft.train.compat.mamba import decode_batches, documents_reach_mamba, use_mamba, use_mamba_states
 from nemotron_sft.train.compat.registry import patch
 from nemotron_sft.train.compat.slim import placeholder
 
@@ -38,7 +38,9 @@ def use_cpu() -> None:
     accept_packed_attention()
     vectorise_packed_rope()
     use_mamba()
+    use_mamba_states()
     documents_reach_mamba()
+    decode_batches()
     load_all_or_nothing()
     _split_sizes_as_numbers()
 

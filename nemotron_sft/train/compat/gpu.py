@@ -14,7 +14,7 @@ from nemotron_sft.train.compat.adapters import add_adapters_inside_their_product
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.experts import use_grouped_products
-from nemotron_sft.train.compat.mamba import documents_reach_mamba
+from nemotron_sft.train.compat.mamba import decode_batches, documents_reach_mamba
 from nemotron_sft.train.compat.registry import patch
 
 
@@ -27,6 +27,7 @@ def use_gpu() -> None:
     skip_helper_build()
     agree_on_signals_on_the_host()
     documents_reach_mamba()
+    decode_batches()
     load_all_or_nothing()
     reuse_logits_for_their_gradient()
     use_grouped_products()

@@ -103,7 +103,8 @@ def _grouped_norm() -> type:
             self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=dtype))
             self.eps, self.group_size = eps, group_size
 
-        def forward(self, hidden):
+        def forward(self, hidden, gate=None):
+            hidden = hidden if gate is None else hidden * torch.nn.functional.silu(gate)
             groups = hidden.unflatten(-1, (-1, self.group_size))
             return torch.nn.functional.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
 
@@ -206,3 +207,99 @@ def scan(x, dt, A, B, C, document, chunk_size: int):
 def _exp(exponent, where, like):
     """exp(exponent) `where` true, else 0. (Masked first: elsewhere it may overflow.)"""
     return exponent.to(like.dtype).masked_fill(~where, float("-inf")).exp()
+
+
+@patch(
+    {
+        "megatron.core.ssm.mamba_mixer:MambaMixer._decode": (
+            "(self, hidden_states, conv_state, ssm_state, batch_indices)"
+        ),
+        "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_decode": (
+            "(self, zxBCdt, conv_state, ssm_state, batch_indices, intermediate_conv_state, intermediate_ssm_state)"
+        ),
+    },
+    seen="megatron-core 0.19.2",
+    until="core's static batching decodes a token of each row instead of a row of tokens",
+)
+def decode_batches() -> None:
+    """Let a Mamba layer decode one token of every row of a static batch.
+
+    `_ssm_decode` wants (rows, tokens, channels). Core transposes for it under dynamic batching alone, so that in a
+    static batch the rows become tokens of one another.
+    """
+    from megatron.core.ssm.mamba_mixer import MambaMixer
+
+    whole = MambaMixer._decode
+
+    def decode(self, hidden_states, conv_state, ssm_state, batch_indices=None):
+        if batch_indices is not None:
+            return whole(self, hidden_states, conv_state, ssm_state, batch_indices)
+        projected, _ = self.in_proj(hidden_states)  # (1, rows, channels)
+        y = self._ssm_decode(projected.transpose(0, 1), conv_state=conv_state, ssm_state=ssm_state)
+        return self.out_proj(y.transpose(0, 1))
+
+    MambaMixer._decode = decode
+
+
+@patch(
+    {
+        "megatron.core.ssm.mamba_mixer:mamba_chunk_scan_combined": "NoneType",
+        "megatron.core.ssm.mamba_mixer:causal_conv1d_fn": "NoneType",
+        "megatron.core.ssm.mamba_mixer:causal_conv1d_update": (
+            "(x, conv_state, weight, bias, silu_activation, conv_state_indices, intermediate_conv_states)"
+        ),
+        "megatron.core.ssm.mamba_mixer:selective_state_update": (
+            "(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, intermediate_ssm_states)"
+        ),
+    },
+    seen="megatron-core 0.19.2",
+    until="core has a Mamba mixer that runs without mamba-ssm and Triton",
+)
+def use_mamba_states() -> None:
+    """The kernels with which core's mixer answers: the scan that keeps its last state, and one step of both states."""
+    import megatron.core.ssm.mamba_mixer as mixer
+
+    mixer.mamba_chunk_scan_combined = scan_to_state
+    mixer.causal_conv1d_update, mixer.selective_state_update = convolve_next, scan_next
+
+
+def scan_to_state(x, dt, A, B, C, chunk_size, *, D, z, dt_bias, dt_softplus, return_final_states, initial_states=None):
+    """mamba-ssm's `mamba_chunk_scan_combined` without a gate (z) and from a zero state; shapes as in `scan`.
+
+    D, dt_bias: (h,). Returns (n, t, h, p), and with return_final_states also the last state, (n, h, p, s).
+    """
+    import torch
+
+    assert z is None and initial_states is None and dt_softplus
+    dt = torch.nn.functional.softplus(dt + dt_bias)
+    one = x.new_zeros(1, x.shape[1], dtype=torch.int64)
+    y = scan(x, dt, A, B, C, one, chunk_size) + x * D[:, None]
+    if not return_final_states:
+        return y
+    total = (dt * A).double().cumsum(1)
+    kept = (total[:, -1:] - total).exp().to(x.dtype)  # (n, t, h): what is left at the end of each token's share
+    B = B.repeat_interleave(x.shape[2] // B.shape[2], 2)
+    return y, torch.einsum("nthp,nths->nhps", x * (dt * kept)[..., None], B)
+
+
+def convolve_next(x, conv_state, weight, bias, activation, conv_state_indices=None, intermediate_conv_states=None):
+    """causal-conv1d's `causal_conv1d_update` of one token: x (n, 1, c); conv_state (n, c, width), changed in place."""
+    import torch
+
+    conv_state.copy_(torch.cat([conv_state[..., 1:], x.transpose(1, 2)], -1))
+    return torch.nn.functional.silu((conv_state * weight).sum(-1) + bias)[:, None]
+
+
+def scan_next(state, x, dt, A, B, C, D, *, z, dt_bias, dt_softplus, **unused):
+    """mamba-ssm's `selective_state_update` of one token, without a gate (z).
+
+    state: (n, h, p, s), changed in place; x, dt: (n, 1, h, p); A: (h, p, s); B, C: (n, 1, g, s); D, dt_bias: (h, p).
+    Returns (n, 1, h, p).
+    """
+    import torch
+
+    assert z is None and dt_softplus
+    dt = torch.nn.functional.softplus(dt + dt_bias)[:, 0]
+    B, C = (each[:, 0].repeat_interleave(state.shape[1] // each.shape[2], 1) for each in (B, C))  # (n, h, s)
+    state.mul_((dt[..., None] * A).exp()).add_((dt * x[:, 0])[..., None] * B[:, :, None])
+    return ((state * C[:, :, None]).sum(-1) + D * x[:, 0])[:, None]
