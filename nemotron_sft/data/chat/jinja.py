@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -42,6 +43,11 @@ class _Sequence:
     text: str
     messages: int
     ends: dict[int, int]  # {index of the answer: length of the text up to its end}
+    past: tuple[str, int] = ("", 0)  # what stands for the first characters of the messages' rendering, and how many
+
+
+class _Rewritten(Exception):
+    """An answer that changes how the messages before it are written: its index, and a sequence of its own."""
 
 
 class JinjaTemplate(Template):
@@ -131,12 +137,21 @@ class JinjaTemplate(Template):
         answers = [i for i, value in enumerate(trained) if value]
         if not answers:
             return [[("context", self._text(messages, tools, variables))]]
-        find = self._spans_by_tags if self._marked else self._spans_by_prompts
-        found = []
-        for sequence in self._cut(messages, tools, answers, variables):
-            spans = find(sequence, messages, tools, variables)
-            found.append([span for span in spans if span[1]])
-        return found
+        cut = self._cut(messages, tools, answers, variables)
+        return [spans for sequence in cut for spans in self._spans(sequence, messages, tools, variables)]
+
+    def _spans(self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict) -> list[list[Span]]:
+        """The spans of a sequence, and of those that leave it: answers that change how their own past is written."""
+        find, left = (self._spans_by_tags if self._marked else self._spans_by_prompts), []
+        while sequence.ends:
+            try:
+                spans = find(sequence, messages, tools, variables)
+                return [*left, [span for span in spans if span[1]]]
+            except _Rewritten as answer:
+                i, own = answer.args
+                del sequence.ends[i]
+                left += self._spans(own, messages, tools, variables)
+        return left
 
     def _cut(self, messages: list[dict], tools: list[dict], answers: list[int], variables: dict) -> list[_Sequence]:
         """The sequences in which every answer sees the past that it would see at inference, as few as there can be."""
@@ -170,14 +185,38 @@ class JinjaTemplate(Template):
                 raise
             return whole[: end + len(closing)]
 
+    def _check_past(
+        self, i: int, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
+    ) -> None:
+        """Raise _Rewritten if answer i has, in the sequence, another past than in the prompt that asks for it.
+
+        gpt-oss forgets the reasoning before a tool call as soon as there is a last answer, but not in the prompt for
+        it. The answer begins behind the last of `messages`, the same in both.
+        """
+        past, text = self._past(messages, tools, variables), sequence.text[: sequence.ends[i]]
+        if sequence.past[0] or text.startswith(past):
+            return
+        if any(map(text.startswith, self._prompts(messages, tools, variables))):
+            return
+        last = past[_common(past, self._past(messages[:-1], tools, variables)) :]
+        if last.strip() and (at := text.rfind(last)) >= 0:
+            joint = at + len(last)
+            whole = past + text[joint:]
+            raise _Rewritten(i, _Sequence(whole, i + 1, {i: len(whole)}, (past, joint)))
+
     def _spans_by_tags(
         self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
     ) -> list[Span]:
         """Spans of a template with generation tags: what they enclose within the sequence's answers is trained."""
-        parts = self._rendered(messages[: sequence.messages], tools, variables).split(_OPEN)
+        past, replaced = sequence.past
+        marked = self._rendered(messages[: sequence.messages], tools, variables)
+        parts = (past + _behind(marked, replaced)).split(_OPEN)
         regions = []
         for i in sorted(sequence.ends):
-            start = self._common(sequence.text, messages[:i], tools, variables)
+            before = self._past(messages[:i], tools, variables)
+            start = _common(sequence.text, before)
+            if start < len(before):
+                self._check_past(i, sequence, messages[:i], tools, variables)
             regions.append((start, sequence.ends[i]))
             self._check_shown(messages[i], i, sequence.text[start : sequence.ends[i]])
         everything = all(m["role"] != "assistant" or i in sequence.ends for i, m in enumerate(messages))
@@ -189,12 +228,12 @@ class JinjaTemplate(Template):
             done += len(answer) + len(after)
         return spans
 
-    def _common(self, text: str, messages: list[dict], tools: list[dict], variables: dict) -> int:
-        """How far a text is the rendering of its first messages."""
+    def _past(self, messages: list[dict], tools: list[dict], variables: dict) -> str:
+        """The rendering of the messages before an answer, "" where the template has none."""
         try:
-            return _common(text, self._text(messages, tools, variables)) if messages else 0
+            return self._text(messages, tools, variables) if messages else ""
         except ChatError:
-            return 0
+            return ""
 
     def _spans_by_prompts(
         self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
@@ -205,6 +244,7 @@ class JinjaTemplate(Template):
             end = sequence.ends[i]
             start = self._start(text[:end], done, messages[:i], tools, variables)
             if start is None:
+                self._check_past(i, sequence, messages[:i], tools, variables)
                 raise ChatError(
                     "spans undetermined",
                     f"{self.name} renders answer {i} differently from what follows its prompt; mark the answers in "
@@ -213,7 +253,7 @@ class JinjaTemplate(Template):
             self._check_shown(messages[i], i, text[start:end])
             end, stop = self._stopped(text, end, messages[i])
             if self.train_generation_prompt:
-                start = max(done, self._common(text, messages[:i], tools, variables))
+                start = max(done, _common(text, self._past(messages[:i], tools, variables)))
             spans += [("context", text[done:start]), ("assistant", text[start:end] + stop)]
             done = end
         return [*spans, ("context", text[done:])]
@@ -225,28 +265,30 @@ class JinjaTemplate(Template):
         opening that a prompt adds. Where a finished answer lacks a part of the opening (DeepSeek R1's <think>), where
         it departs from the prompt. None if there is no such place.
         """
-        prompts = []
-        for choice in self._choices(variables):
-            try:
-                prompts.append(self._prompt(messages, tools, choice) if messages else None)
-            except ChatError:
-                prompts.append(None)
-        if any(prompts):
-            starts = [len(prompt) for prompt in prompts if prompt and text.startswith(prompt)]
+        if prompts := self._prompts(messages, tools, variables):
+            starts = [len(prompt) for prompt in prompts if text.startswith(prompt)]
             start = max((start for start in starts if done <= start < len(text)), default=None)
             return self._departure(text, prompts, messages, tools, variables) if start is None else start
-        for opening in sorted(self._openings(variables), key=len, reverse=True):
-            if (at := text.find(opening, done)) >= 0 and at + len(opening) < len(text):
-                return at + len(opening)
+        places = [(at, -len(opening)) for opening in self._openings(variables) if (at := text.find(opening, done)) >= 0]
+        if places and (start := min(places)[0] - min(places)[1]) < len(text):
+            return start
         return None
 
     def _departure(
-        self, text: str, prompts: list[str | None], messages: list[dict], tools: list[dict], variables: dict
+        self, text: str, prompts: list[str], messages: list[dict], tools: list[dict], variables: dict
     ) -> int | None:
         """Where a text departs from its prompt, if that is within what the prompt adds to the messages."""
         before = self._text(messages, tools, variables)
-        start = max(_common(text, prompt) for prompt in prompts if prompt)
+        start = max(_common(text, prompt) for prompt in prompts)
         return start if text.startswith(before) and len(before) < start < len(text) else None
+
+    def _prompts(self, messages: list[dict], tools: list[dict], variables: dict) -> list[str]:
+        """The prompts for an answer to these messages; none where the template cannot render them."""
+        found = []
+        for choice in self._choices(variables) if messages else ():
+            with suppress(ChatError):
+                found.append(self._prompt(messages, tools, choice))
+        return found
 
     def _choices(self, variables: dict) -> list[dict]:
         """The variables with which the prompt of an answer may have been rendered: reasoning on or off."""
@@ -255,11 +297,13 @@ class JinjaTemplate(Template):
         return [variables, *({**variables, name: value} for name in self._switches for value in (True, False))]
 
     def _openings(self, variables: dict) -> set[str]:
-        """What prompts add to the messages."""
+        """What prompts add to the messages, and what finished answers have of that, earlier ones and the last."""
         found = set()
         for choice in self._choices(variables):
             text, prompt = self._text([_QUESTION], [], choice), self._prompt([_QUESTION], [], choice)
-            found.add(prompt[_common(text, prompt) :])
+            shared = _common(text, prompt)
+            answered = [self._past([_QUESTION, _ANSWER, *more], [], choice) for more in ([], [_QUESTION])]
+            found |= {prompt[shared:], *(prompt[shared : _common(prompt, each)] for each in answered)}
         return found - {""}
 
     # --- stop tokens ---
@@ -319,6 +363,19 @@ class JinjaTemplate(Template):
             raise ChatError(
                 "answer not rendered", f"message {index}: {self.name} leaves out or changes {answer[:40]!r}"
             )
+
+
+def _behind(marked: str, length: int) -> str:
+    """What follows the first `length` characters, _OPEN and _CLOSE not counted."""
+    at = 0
+    while length:
+        for mark in (_OPEN, _CLOSE):
+            if marked.startswith(mark, at):
+                at += len(mark)
+                break
+        else:
+            at, length = at + 1, length - 1
+    return marked[at:].removeprefix(_CLOSE)
 
 
 def _common(text: str, other: str) -> int:

@@ -354,6 +354,23 @@ def test_a_rewritten_history_gives_every_answer_its_own_past(marked, why):
 
 
 @both
+def test_an_answer_that_makes_the_model_forget_has_the_past_of_its_prompt(marked):
+    """gpt-oss: the reasoning before a tool call goes once there is a last answer, but is there in the prompt for it."""
+    body = (
+        "{% set done = messages[-1].role == 'assistant' and not messages[-1].tool_calls %}"
+        "{{ 'R:' + m.thinking + '\n' if m.thinking and (loop.last or not done) }}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    )
+    template = jinja(body, marked=marked)
+    step, last = [calling({}, thinking="t1"), RESULT], answer("a", thinking="t2")
+    for steps in (1, 2, 3):
+        chat = [USER, *step * steps, last]
+        assert trained(template, chat) == [["R:t1\nget" + END] * steps, ["R:t2\na" + END]]
+        assert texts(template, chat)[1] == template.generation_prompt(chat[:-1]) + "R:t2\na" + END
+        assert trained(template, [USER, *step * steps, {**last, "weight": 0}]) == [["R:t1\nget" + END] * steps]
+
+
+@both
 def test_a_history_that_stays_is_one_sequence(marked):
     chat = [m for i in "123" for m in (user(f"q{i}"), answer(f"a{i}"))]
     assert trained(jinja("{{ m.content }}", marked=marked), chat) == [["a1" + END, "a2" + END, "a3" + END]]
@@ -425,7 +442,19 @@ def test_an_answer_that_lacks_a_part_of_the_prompt():
         "{{ '<assistant><think>\n' if add_generation_prompt }}"
     )
     template = load_template("r1.jinja", source=source)
-    assert trained(template, [USER, ANSWER, USER, ANSWER]) == [["a</s>", "a</s>"]]
+    for opening in ([], [USER]):
+        assert trained(template, [*opening, ANSWER, USER, ANSWER]) == [["a</s>", "a</s>"]]
+
+
+def test_an_answer_first_that_opens_otherwise_than_the_last():
+    """Qwen 3.6 opens the answers to the last question with a think block, and renders nothing without a question."""
+    source = ASKS + (
+        "{% for m in messages %}<{{ m.role }}>{{ '<think></think>' if m.role == 'assistant' and loop.last }}"
+        "{{ m.content }}</s>{% endfor %}{{ '<assistant><think></think>' if add_generation_prompt }}"
+    )
+    [spans] = load_template("x.jinja", source=source).training_sequences([answer("hi"), USER, ANSWER])
+    assert [text for role, text in spans if role == "assistant"] == ["hi</s>", "a</s>"]
+    assert spans[0] == ("context", "<assistant>")
 
 
 GLM = """[gMASK]

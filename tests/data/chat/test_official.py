@@ -1,7 +1,7 @@
 """Official templates of other models: text and masks are transformers', whatever the conversation."""
 
 import pytest
-from official import CONVERSATIONS, row, templates
+from official import CONVERSATIONS, kinds, row, templates
 
 # Family: (templates, conversations that have to be equal)
 FAMILIES = {
@@ -23,6 +23,7 @@ def check(name: str, least: int) -> None:
     assert found.counts.total() == len(CONVERSATIONS) >= 16
     assert found.counts["equal"] >= least
     compared = found.counts["equal"] + found.counts["as it reads it"]
+    assert sum(map(len, kinds([found]).values())) == found.counts["refused by us"]
     assert found.masks == (compared if name.endswith("_training") else 0)
 
 
