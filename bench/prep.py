@@ -14,6 +14,9 @@ The runners, each in a process of its own on one core, taking turns so that a no
                message with apply_chat_template, encode what that added; no packing, no writing, loading not counted
     template   datasets.map over transformers' apply_chat_template(tokenize=True): no loss mask, no packing
     encode     tokenizers' encode_batch_fast on text that is rendered already: what tokenization alone costs
+    floor      what no preparation can do without, on the whole corpus: orjson's parsing of every line, and the fast
+               encoder on the same spans, rendered already
+    repack     recipes/prep.py again with twice the pack size, from the tokens that it kept; loading included
 
 Rates are tokens per second of CPU time, which other programs on the machine disturb least; the slow runners get the
 beginning of the corpus. Two workers on two cores against one on one core is measured by the clock, on `large`
@@ -55,7 +58,7 @@ def short_chats(work: Path) -> Iterator[dict]:
     for conversation in Dataset().values():
         turns = [" ".join(message["text"] for message in turn) for turn in conversation["messages"]]
         turns = turns[: len(turns) // 2 * 2]
-        if turns:
+        if turns and all(turn.strip() for turn in turns):  # an empty answer is refused
             roles = ("user", "assistant") * (len(turns) // 2)
             yield {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]}
 
@@ -132,7 +135,7 @@ def write_tokenizer(folder: Path) -> None:
 # --- runners -----------------------------------------------------------------------------------------------
 
 
-def prep_config(work: Path, corpus: str, workers: int):
+def prep_config(work: Path, corpus: str, workers: int, **changed):
     """What `recipes/prep.py blend=file ...` composes."""
     from hydra import compose, initialize_config_dir
 
@@ -144,18 +147,44 @@ def prep_config(work: Path, corpus: str, workers: int):
         settings = {
             "blend": "file", "++blend.path": blend, "++tokenizer.model": work / "tokenizer", "workers": workers,
             "output_dir": work / f"packs-{corpus}-{workers}", "force": "true",
-        }  # fmt: skip
+        } | changed  # fmt: skip
         return config.check(compose("prep", [f"{key}={value}" for key, value in settings.items()]), config.Prep)
 
 
-def run_prep(work: Path, corpus: str, workers: int = 1) -> tuple[int, float, float]:
+def run_prep(work: Path, corpus: str, workers: int = 1, **changed) -> tuple[int, float, float]:
     from nemotron_sft.data import prep
 
-    cfg = prep_config(work, corpus, workers)
+    cfg = prep_config(work, corpus, workers, **changed)
     wall, cpu = time.perf_counter(), cpu_seconds()
     metadata = prep.run(cfg)
     tokens = sum(part["tokens"] for part in metadata["splits"].values())
     return tokens, cpu_seconds() - cpu, time.perf_counter() - wall
+
+
+def run_repack(work: Path, corpus: str, workers: int = 1) -> tuple[int, float, float]:
+    """What follows run_prep: it has left its tokens."""
+    return run_prep(work, corpus, workers, pack_size=8192, force="false")
+
+
+def run_floor(work: Path, corpus: str) -> tuple[int, float, float]:
+    import orjson
+
+    from nemotron_sft.data.chat import load_template
+    from nemotron_sft.data.tokens import load_tokenizer
+
+    tokenizer, template = load_tokenizer(str(work / "tokenizer")), load_template("nano3")
+    tokenizer.encode_batch(["open it"])
+    tokens, cpu, wall = 0, 0.0, 0.0
+    with open(work / f"{corpus}.jsonl", "rb") as file:
+        while lines := file.readlines(8 << 20):
+            start, started = time.perf_counter(), cpu_seconds()
+            records = list(map(orjson.loads, lines))
+            cpu, wall = cpu + cpu_seconds() - started, wall + time.perf_counter() - start
+            spans = [text for r in records for s in template.training_sequences(r["messages"], []) for _, text in s]
+            start, started = time.perf_counter(), cpu_seconds()
+            tokens += len(tokenizer.encode_batch(spans)[0])
+            cpu, wall = cpu + cpu_seconds() - started, wall + time.perf_counter() - start
+    return tokens, cpu, wall
 
 
 def run_prefixes(work: Path, corpus: str) -> tuple[int, float, float]:
@@ -215,8 +244,10 @@ def run_encode(work: Path, corpus: str) -> tuple[int, float, float]:
 def transformers_tokenizer(work: Path):
     from transformers import PreTrainedTokenizerFast
 
+    from nemotron_sft.data.chat import BUILT_IN
+
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer/tokenizer.json"))
-    tokenizer.chat_template = (ROOT / "nemotron_sft/templates/nano3.jinja").read_text()
+    tokenizer.chat_template = BUILT_IN["nano3"].jinja()
     return tokenizer
 
 
@@ -254,8 +285,8 @@ def measure(work: Path, runner: str, corpus: str, workers: int = 1) -> dict:
 
 def child(work: Path, runner: str, corpus: str, workers: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
-    if runner == "prep":
-        print(json.dumps(run_prep(work, corpus, workers)))
+    if runner in ("prep", "repack"):
+        print(json.dumps(globals()[f"run_{runner}"](work, corpus, workers)))
     else:
         print(json.dumps(globals()[f"run_{runner}"](work, corpus)))
 
@@ -282,11 +313,14 @@ def main(
     runs: dict[str, list[dict]] = {}
     for _ in range(repeats):
         for corpus in TARGETS:
-            for runner in ("prep", *CHARACTERS):
+            for runner in ("prep", "repack", "floor", *CHARACTERS):
                 runs.setdefault(f"{corpus} {runner}", []).append(measure(folder, runner, corpus))
             for workers in (1, 2) if large else ():
                 run = measure(folder, "prep", f"large-{corpus}", workers)
                 runs.setdefault(f"{corpus} {workers} workers", []).append(run)
+            if large:
+                run = measure(folder, "repack", f"large-{corpus}", 2)
+                runs.setdefault(f"{corpus} repack, 2 workers", []).append(run)
 
     rate = {name: statistics.median(run["rate"] for run in group) for name, group in runs.items()}
     wall = {name: statistics.median(run["wall"] for run in group) for name, group in runs.items()}
@@ -297,9 +331,18 @@ def main(
             theirs = rate[f"{corpus} {runner}"]
             ratios[f"{corpus} {runner}"] = ours / theirs
             rows.append((corpus, runner, f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.1f}x", f"{target}x"))
+        floor, again = rate[f"{corpus} floor"], rate[f"{corpus} repack"]
+        ratios |= {f"{corpus} of the floor": ours / floor, f"{corpus} repacking": again / ours}
+        rows.append((corpus, "floor", f"{floor:,.0f}", f"{ours:,.0f}", f"{ours / floor:.2f}x", "0.5x"))
+        rows.append((corpus, "preparing, by repacking", f"{ours:,.0f}", f"{again:,.0f}", f"{again / ours:.1f}x", "4x"))
         if large:
             one, two = wall[f"{corpus} 1 workers"], wall[f"{corpus} 2 workers"]
             ratios[f"{corpus} workers"] = one / two
+            again = two / wall[f"{corpus} repack, 2 workers"]
+            ratios[f"{corpus} repacking, by the clock"] = again
+            rows.append(
+                (corpus, "preparing, by the clock", f"{two:.1f} s", f"{two / again:.1f} s", f"{again:.1f}x", "4x")
+            )
             rows.append((corpus, "1 worker, by the clock", f"{one:.1f} s", f"{two:.1f} s", f"{one / two:.2f}x", "1.8x"))
     title = f"Whole prep, tokens per CPU second, median of {repeats}"
     table(title, ["corpus", "against", "theirs", "ours", "ratio", "target"], rows)
