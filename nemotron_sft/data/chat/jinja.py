@@ -190,8 +190,8 @@ class JinjaTemplate(Template):
     ) -> None:
         """Raise _Rewritten if answer i has, in the sequence, another past than in the prompt that asks for it.
 
-        gpt-oss forgets the reasoning before a tool call as soon as there is a last answer, but not in the prompt for
-        it. The answer begins behind the last of `messages`, the same in both.
+        gpt-oss forgets the reasoning before a tool call once there is a last answer, but not in the prompt for it.
+        The answer begins behind the last of `messages`, the same in both.
         """
         past, text = self._past(messages, tools, variables), sequence.text[: sequence.ends[i]]
         if sequence.past[0] or text.startswith(past):
@@ -200,9 +200,8 @@ class JinjaTemplate(Template):
             return
         last = past[_common(past, self._past(messages[:-1], tools, variables)) :]
         if last.strip() and (at := text.rfind(last)) >= 0:
-            joint = at + len(last)
-            whole = past + text[joint:]
-            raise _Rewritten(i, _Sequence(whole, i + 1, {i: len(whole)}, (past, joint)))
+            whole = past + text[at + len(last) :]
+            raise _Rewritten(i, _Sequence(whole, i + 1, {i: len(whole)}, (past, at + len(last))))
 
     def _spans_by_tags(
         self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict
@@ -223,9 +222,11 @@ class JinjaTemplate(Template):
         spans, done = [("context", parts[0])], len(parts[0])
         for part in parts[1:]:
             answer, _, after = part.partition(_CLOSE)
-            kept = everything or any(start <= done < end for start, end in regions)
-            spans += [("assistant" if kept else "history", answer), ("context", after)]
-            done += len(answer) + len(after)
+            end = done + len(answer)
+            inside = [max(a, done) for a, b in regions if max(a, done) < min(b, end)]
+            untrained = 0 if everything else min(inside, default=end) - done
+            spans += [("history", answer[:untrained]), ("assistant", answer[untrained:]), ("context", after)]
+            done = end + len(after)
         return spans
 
     def _past(self, messages: list[dict], tools: list[dict], variables: dict) -> str:

@@ -324,6 +324,25 @@ def test_an_answer_as_the_model_gave_it(name, gap):
     assert called.startswith("r1") and "</function>" in called and ended == f"r2{gap}</think>a2{END}"
 
 
+def test_a_flag_in_a_template_whose_tags_enclose_more_than_the_answer():
+    """DeepSeek's tags enclose what closes the tool results too; what answers share a tag stays apart."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ '</r>' if loop.index0 and "
+        "messages[loop.index0 - 1].role == 'tool' }}<a>{{ m.content }}{{ m.tool_calls[0].function.name if "
+        "m.tool_calls }}</s>{% endgeneration %}{% else %}<{{ m.role }}>{{ m.content }}"
+        "{{ '</r>' if m.role == 'tool' and loop.last }}{% endif %}{% endfor %}"
+    )
+    template = load_template("x.jinja", source=source)
+    chat = [USER, answer("WRONG", weight=0), USER, calling({}), RESULT, ANSWER]
+    assert trained(template, chat) == [["<a>get</s>", "<a>a</s>"]]
+    merged = load_template("y.jinja", source=(
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% elif messages[loop.index0 - 1].role == "
+        "'user' %}{% generation %}{% for n in messages if n.role == 'assistant' %}[{{ n.content }}]{% endfor %}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+    ))  # fmt: skip
+    assert trained(merged, [USER, answer("WRONG", weight=0), ANSWER]) == [["[a]"]]
+
+
 # --- histories that change ---------------------------------------------------------------------------------
 
 REWRITES = {
