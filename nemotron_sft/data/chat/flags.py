@@ -18,6 +18,7 @@ RECORD_KEYS = ("chat_template_kwargs", "metadata", "train_turns")  # what `per_r
 MESSAGE_FLAGS = ("weight", "train", "training", "trainable", "loss")
 MOST_WEIGHT = 1_000_000  # of a record
 UNREADABLE_FLAGS = ("train_detail", "training_detail", "loss_scale", "loss_mask", "loss_weight", "masked")
+_FLAGS = frozenset((*MESSAGE_FLAGS, *UNREADABLE_FLAGS))
 
 
 def per_record(record: dict) -> dict[str, Any]:
@@ -76,6 +77,8 @@ def _turns(turns: Any, messages: list[dict]) -> list[bool]:
 
 def _allowed(message: dict, index: int) -> bool:
     """Whether no flag of a message says that it is not trained."""
+    if _FLAGS.isdisjoint(message):  # nearly all
+        return True
     for flag in UNREADABLE_FLAGS:
         if message.get(flag) is not None:
             raise ChatError("bad training flag", f"message {index}: {flag} is not supported; use weight 0 or 1")
