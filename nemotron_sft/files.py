@@ -73,6 +73,7 @@ class AtomicFile:
         return view.nbytes
 
     def tell(self) -> int:
+        """Bytes written so far."""
         return self.bytes
 
     def flush(self) -> None:  # pyarrow calls it
@@ -111,6 +112,7 @@ class AtomicFile:
 
     @property
     def sha256(self) -> str:
+        """SHA-256 (hex) of what was written."""
         return self._digest.hexdigest()
 
 

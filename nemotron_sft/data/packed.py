@@ -79,6 +79,7 @@ class PackWriter:
         return self
 
     def write(self, records: np.ndarray) -> None:
+        """Append records, (n,) of the writer's dtype."""
         if records.dtype != self.dtype:
             raise ValueError(f"records of {records.dtype} for a file of {self.dtype}")
         self.written += len(records)
@@ -94,10 +95,12 @@ class PackWriter:
 
     @property
     def bytes(self) -> int:
+        """Size of the file so far."""
         return self.file.bytes
 
     @property
     def sha256(self) -> str:
+        """SHA-256 (hex) of the file."""
         return self.file.sha256
 
     # What a format decides:

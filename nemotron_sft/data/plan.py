@@ -60,6 +60,7 @@ class Plan:
     fingerprint: str  # of everything that shapes the output
 
     def spool(self, unit: Unit) -> Path:
+        """Where a unit's tokens are kept."""
         return self.directory / "spool" / f"{unit.key}.spool"
 
 
@@ -74,6 +75,7 @@ class Inputs:
 
     @property
     def bytes(self) -> int:
+        """Size of all files."""
         return sum(file.bytes for files in self.files for file in files)
 
 
@@ -87,6 +89,7 @@ def find_inputs(cfg: Prep) -> Inputs:
 
 
 def output_directory(cfg: Prep, name: str) -> Path:
+    """Where the output goes."""
     suffix = f"-sample{cfg.sample}" if cfg.sample is not None else ""
     return Path(cfg.output_dir or f"output/data/{name}{suffix}")
 

@@ -14,6 +14,7 @@ from nemotron_sft.errors import UserError
 
 
 def sha256(path: str | Path) -> str:
+    """SHA-256 (hex) of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

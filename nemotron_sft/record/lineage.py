@@ -74,6 +74,7 @@ def artifact(name: str, path: str | Path, files: list[dict], metadata: dict, **m
 
 
 def packages() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a result, where they are installed."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:

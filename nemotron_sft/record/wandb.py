@@ -74,11 +74,13 @@ class Tracker:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Begin to do what was asked for, unless tracking is disabled."""
         if self.cfg.mode != "disabled" and not self._thread:
             self._thread = threading.Thread(target=self._attempt, args=(self._work,), name="tracking", daemon=True)
             self._thread.start()
 
     def log(self, values: dict, step: int | None = None) -> None:
+        """Log metrics."""
         self._do(lambda: self.run.log(values, step=step))
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
@@ -238,4 +240,5 @@ def _name(name: str) -> str:
 
 
 def sample_tag(metadata: dict) -> list[str]:
+    """The W&B tag of data that is a sample."""
     return [f"sample-{metadata['sample']}"] if metadata["sample"] is not None else []

@@ -123,6 +123,7 @@ def preflight(configs: list[DictConfig]) -> None:
 
 
 def job_name(app: str, cfg: DictConfig) -> str:
+    """What Slurm shows of a submission: the run's name, or that of the blend."""
     name = cfg.name if app == "train" else f"prep-{cfg.blend.name or Path(cfg.blend.path).stem}"
     return re.sub(r"[^\w.-]", "_", name)
 

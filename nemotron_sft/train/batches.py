@@ -113,6 +113,7 @@ class PackedDataset:
         return records
 
     def collate_fn(self, records: np.ndarray) -> dict:
+        """The batch of some records, see `collate`."""
         return collate(records, self.context_parallel, self.tensor_parallel, self.weighting, self.mtp_depth)
 
 
@@ -171,12 +172,7 @@ def collate(
     total = packs * pack_size
     tokens = records["input_ids"].reshape(total).astype(np.int64)
     mask = records["loss_mask"].reshape(total)
-    # Every pack's boundaries and its end, ascending. Unused entries repeat the last boundary: each is taken once.
-    boundaries = np.full((packs, records["cu_seqlens"].shape[1] + 1), pack_size, np.int64)
-    boundaries[:, :-1] = records["cu_seqlens"]
-    boundaries += np.arange(packs)[:, None] * pack_size
-    boundaries = boundaries.ravel()
-    cu_seqlens = np.concatenate([boundaries[:1], boundaries[1:][boundaries[1:] > boundaries[:-1]]])
+    cu_seqlens = _boundaries(records)
     last = cu_seqlens[1:] - 1
 
     labels, trained = np.append(tokens[1:], 0), np.append(mask[1:], 0) != 0
@@ -193,11 +189,7 @@ def collate(
     row["position_ids"] = np.arange(in_row[-1]) - np.repeat(in_row[:-1], np.diff(in_row))
 
     batch = {name: torch.from_numpy(values)[None] for name, values in row.items()} | {"attention_mask": None}
-    for suffix, boundaries in (("", cu_seqlens), ("_padded", padded)):
-        if boundaries is not None:
-            shared = torch.from_numpy(boundaries.astype(np.int32))[None]
-            batch |= {f"cu_seqlens_q{suffix}": shared, f"cu_seqlens_kv{suffix}": shared}
-    longest = torch.tensor(int(np.diff(in_row).max()), dtype=torch.int32)
+    batch |= _boundary_tensors(cu_seqlens, padded)
     kept = [_trained_first(share, 128) for share in _shares(row["loss_mask"] != 0, in_row, context_parallel, mtp_depth)]
     batch["trained_positions"] = torch.from_numpy(np.concatenate(kept))
     counts = {
@@ -207,7 +199,32 @@ def collate(
         "kept": [len(positions) for positions in kept],
         "packs": records["number"].tolist() if "number" in records.dtype.names else [],
     }
-    return batch | {"max_seqlen_q": longest, "max_seqlen_kv": longest, "counts": counts}
+    return batch | {"counts": counts}
+
+
+def _boundaries(records: np.ndarray) -> np.ndarray:
+    """Where the sequences of joined packs begin and end, padding too: (m + 1,) int64, ascending, each once."""
+    packs, pack_size = records["input_ids"].shape
+    # Every pack's boundaries and its end. Unused entries repeat the last boundary.
+    found = np.full((packs, records["cu_seqlens"].shape[1] + 1), pack_size, np.int64)
+    found[:, :-1] = records["cu_seqlens"]
+    found += np.arange(packs)[:, None] * pack_size
+    found = found.ravel()
+    return np.concatenate([found[:1], found[1:][found[1:] > found[:-1]]])
+
+
+def _boundary_tensors(cu_seqlens: np.ndarray, padded: np.ndarray | None) -> dict:
+    """What Bridge calls the boundaries of the tokens and of their places in the row, and the longest place."""
+    import torch
+
+    found = {}
+    for suffix, boundaries in (("", cu_seqlens), ("_padded", padded)):
+        if boundaries is not None:
+            shared = torch.from_numpy(boundaries.astype(np.int32))[None]
+            found |= {f"cu_seqlens_q{suffix}": shared, f"cu_seqlens_kv{suffix}": shared}
+    in_row = cu_seqlens if padded is None else padded
+    longest = torch.tensor(int(np.diff(in_row).max()), dtype=torch.int32)
+    return found | {"max_seqlen_q": longest, "max_seqlen_kv": longest}
 
 
 def _weighed(records: np.ndarray, trained: np.ndarray, cu_seqlens: np.ndarray, weighting: Weighting):

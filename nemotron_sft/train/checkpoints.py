@@ -64,6 +64,7 @@ def _whole_model(iteration: Path, init_from: str) -> Path:
 
 
 def is_hf(directory: str | None) -> bool:
+    """Whether a directory is a Hugging Face model."""
     return directory is not None and Path(directory, "config.json").exists()
 
 

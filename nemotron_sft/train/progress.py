@@ -59,12 +59,14 @@ class Progress:
         self.tracked = None  # tracking.Training
 
     def register(self, manager) -> None:
+        """Let Bridge's CallbackManager call this."""
         for event in ("on_train_start", "on_train_step_end", "on_eval_end", "on_test_end"):
             manager.register(event, getattr(self, event))
         for event in ("on_train_step_start", "on_eval_start", "on_test_start"):
             manager.register(event, lambda context: self.consumed.losses.reset())
 
     def on_train_start(self, context) -> None:
+        """Note where the run begins, and open metrics.jsonl."""
         state = context.state
         if state.cfg.train.manual_gc:  # what is alive now stays: later collections need not walk through all of it
             gc.collect()
@@ -94,6 +96,7 @@ class Progress:
         return path.open("a")
 
     def on_train_step_end(self, context) -> None:
+        """Print and write a line whenever one is due. Raises UserError for a loss that is no number."""
         step = context.state.train_state.step + 1  # Bridge counts after this callback
         if self.first_step is None:
             self.first_step = time.time() - self.started
@@ -175,6 +178,7 @@ class Progress:
         return values
 
     def on_eval_end(self, context) -> None:
+        """Write the validation loss."""
         step, loss = context.state.train_state.step, from_last_stage(context.total_loss_dict)
         if self.validation and self.validation[-1][0] == step:
             return  # Bridge validates once more after the last step; so does a finished run, started again
@@ -186,6 +190,7 @@ class Progress:
         self.since = step
 
     def on_test_end(self, context) -> None:
+        """Write the test loss."""
         if self.test is not None:
             return  # a finished run, started again
         self.test = from_last_stage(context.total_loss_dict)

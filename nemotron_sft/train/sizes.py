@@ -78,6 +78,7 @@ def recomputed_pieces(model, kind: str) -> set[str]:
 
 
 def norm_size(model) -> int:
+    """Parameters of one norm."""
     return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
@@ -229,6 +230,7 @@ class Sizes:
 
     @property
     def total(self) -> Part:
+        """Parameters of the whole model."""
         return self.stage(range(len(self.layers))) + self.embedding + self.head + self.block
 
     def stage(self, layers: range) -> Part:

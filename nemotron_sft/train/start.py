@@ -28,6 +28,7 @@ class Machine:
 
     @property
     def on_cpu(self) -> bool:
+        """Whether the CPU computes."""
         return self.gpu_bytes is None
 
     @property

@@ -32,6 +32,7 @@ class ForwardStep:
         self.reset()
 
     def reset(self) -> None:
+        """Begin to count anew."""
         self.tokens = self.trained = 0
         self.skipped_flops = 0.0
         self.packs: list[int] = []

@@ -119,6 +119,7 @@ def _check_processes(model, world_size: int) -> None:
 
 
 def listed(numbers: list[int]) -> str:
+    """Numbers for a message."""
     return ", ".join(map(str, numbers))
 
 
@@ -141,6 +142,7 @@ def layers_of(model) -> list[list[str]]:
 
 
 def kinds_of(symbol: str) -> list[str]:
+    """What a layer of a hybrid pattern's symbol is made of. Raises UserError for an unknown symbol."""
     kinds = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
     if symbol not in kinds:
         raise UserError(f"model.hybrid_layer_pattern: layers of type {symbol!r} are not known; known: {listed(kinds)}")
@@ -148,12 +150,15 @@ def kinds_of(symbol: str) -> list[str]:
 
 
 def layer_kinds(model) -> set[str]:
+    """What the model's layers are made of."""
     return {kind for layer in layers_of(model) for kind in layer}
 
 
 def mamba_heads(model) -> int:
+    """Mamba's heads, as given or as the width implies."""
     return model.mamba_num_heads or 2 * model.hidden_size // model.mamba_head_dim
 
 
 def expert_width(model) -> int:
+    """Hidden units of one expert."""
     return model.moe_ffn_hidden_size or model.ffn_hidden_size

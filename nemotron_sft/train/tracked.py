@@ -72,6 +72,7 @@ class Training:
         self.save()
 
     def register(self, manager) -> None:
+        """Let Bridge's CallbackManager call this."""
         manager.register("on_train_start", self.on_train_start)
         manager.register("on_checkpoint_save", self.on_checkpoint_save)
 
@@ -81,6 +82,7 @@ class Training:
             self.tracker.start()
 
     def log(self, step: int, **values: float | None) -> None:
+        """Send metrics of a step to W&B; a validation loss also decides which checkpoint is the best."""
         if "validation_loss" in values:
             self.losses[step] = values["validation_loss"]
         self.tracker.log({name: value for name, value in values.items() if value is not None}, step)
@@ -96,9 +98,11 @@ class Training:
             self._hashing.submit(self._describe, newest)
 
     def say(self, line: str) -> None:
+        """Print a line to the terminal."""
         say(line, self.terminal)
 
     def save(self) -> None:
+        """Write lineage.json."""
         with self._saving:
             lineage.write(self.run_dir, self.record)
 
