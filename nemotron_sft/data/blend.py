@@ -68,6 +68,7 @@ def load_blend(blend: config.Blend) -> tuple[str, list[Dataset], str]:
     Raises UserError for a missing or unreadable file, an unknown or missing field, a bad weight, or a
     repeated name.
     """
+    entries: Any
     name, entries, mix, where = blend.name, blend.datasets, blend.mix, f"blend {blend.name}"
     if not blend.path and not blend.datasets:
         raise UserError("no blend: say blend=FILE, or blend=NAME for one in conf/blend")
@@ -84,7 +85,7 @@ def load_blend(blend: config.Blend) -> tuple[str, list[Dataset], str]:
     names = [dataset.name for dataset in datasets]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: two data sets are named {repeated[0]}; give each its own name")
-    return name, [dataset for dataset in datasets if dataset.weight > 0], mix
+    return name or "blend", [dataset for dataset in datasets if dataset.weight > 0], mix
 
 
 def _read(path: Path) -> dict:
@@ -138,7 +139,7 @@ def _check_types(entry: dict, where: str) -> None:
     for f in fields(Dataset):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in entry:
             raise UserError(f"{where}: {f.name} is missing")
-        wanted = dict if f.name in ("filter", "fields") else (int, float) if f.name in NUMBERS else str
+        wanted: Any = dict if f.name in ("filter", "fields") else (int, float) if f.name in NUMBERS else str
         if f.name in NUMBERS and isinstance(entry.get(f.name), str):
             entry[f.name] = _number(entry[f.name])
         if f.name in entry and (not isinstance(entry[f.name], wanted) or isinstance(entry[f.name], bool)):

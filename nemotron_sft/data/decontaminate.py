@@ -86,7 +86,10 @@ def load_evaluation(paths: list[str]) -> Evaluation | None:
 
 @lru_cache(maxsize=1)
 def _table(files: tuple[File, ...]) -> Table:
-    hashes, items, origins, short = [], [], [], 0
+    hashes: list[np.ndarray] = [_NOTHING]
+    items: list[np.ndarray] = [_NO_ITEMS]
+    origins: list[tuple[int, int]] = []
+    short = 0
     for number, file in enumerate(files):
         for position, record in reading.read(reading.whole(file), None):
             text = _joined(record, with_system=False)
@@ -96,10 +99,10 @@ def _table(files: tuple[File, ...]) -> Table:
             hashes.append(np.unique(found[:count]))
             items.append(np.full(len(hashes[-1]), len(origins), np.int32))
             origins.append((number, position))
-    hashes, items = np.concatenate([_NOTHING, *hashes]), np.concatenate([_NO_ITEMS, *items])
-    slots = 1 << max(4, int(2 * len(hashes) - 1).bit_length())
+    found, which = np.concatenate(hashes), np.concatenate(items)
+    slots = 1 << max(4, int(2 * len(found) - 1).bit_length())
     keys, values = np.zeros(slots, np.uint64), np.zeros(slots, np.int32)
-    compiled(_insert)(hashes, items, keys, values)
+    compiled(_insert)(found, which, keys, values)
     return Table(keys, values, origins, short)
 
 
@@ -139,7 +142,9 @@ def kinds() -> np.ndarray:
 # The rest is compiled by Numba.
 
 
-def _scan(text, kinds, keys, items, out):  # noqa: C901 -- one loop, which Numba compiles
+def _scan(  # noqa: C901 -- one loop, which Numba compiles
+    text: np.ndarray, kinds: np.ndarray, keys: np.ndarray, items: np.ndarray, out: np.ndarray
+) -> tuple:
     """Go through the runs of 13 words in `text`, UTF-8 in lower case; kinds: see there.
 
     With keys (a table) until one is in it: returns its item and the bytes [start, end) of the run, or (-1, 0, 0).
@@ -152,7 +157,8 @@ def _scan(text, kinds, keys, items, out):  # noqa: C901 -- one loop, which Numba
     ring, starts = np.zeros(13, np.uint64), np.zeros(13, np.int64)  # of the last words: hash, and first byte
     word, run, begin, count, written, at = np.uint64(0), np.uint64(0), -1, 0, 0, 0
     while at <= text.size:
-        code, width = 0, 1  # the end counts as a zero
+        code: Any = 0  # the end counts as a zero
+        width = 1
         if at < text.size:
             code = np.int64(text[at])
             width = 4 if code >= 0xF0 else 3 if code >= 0xE0 else 2 if code >= 0xC0 else 1
@@ -197,7 +203,7 @@ def _scan(text, kinds, keys, items, out):  # noqa: C901 -- one loop, which Numba
     return np.int64(-1), np.int64(0), np.int64(written)
 
 
-def _insert(hashes, items, keys, values):
+def _insert(hashes: np.ndarray, items: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
     """Put hashes into a table of more slots; the first text that has a run keeps it."""
     for index in range(hashes.size):
         place = np.int64(hashes[index] >> np.uint64(20)) & (keys.size - 1)

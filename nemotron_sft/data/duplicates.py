@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def leave_out(found: Duplicates, spools: list[Spool]) -> None:
 
 def describe(found: Duplicates, spools: list[Spool], todo: Plan) -> list[dict]:
     """Per dataset: the count of its records that repeat an earlier one, and where the first few of them are."""
-    about = [{"count": 0, "examples": []} for _ in todo.datasets]
+    about: list[dict[str, Any]] = [{"count": 0, "examples": []} for _ in todo.datasets]
     for number, unit in enumerate(todo.units):
         repeated = np.flatnonzero(found.of_unit(number)) + found.bounds[number]
         mine = about[unit.dataset]

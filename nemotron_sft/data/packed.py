@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import orjson
@@ -52,7 +53,7 @@ def pack_dtype(pack_size: int, max_sequences: int, version: int = VERSION) -> np
 def empty_packs(packs: int, dtype: np.dtype) -> np.ndarray:
     """(packs,) of `dtype` without a token, every sequence with weight 1, for a writer to fill."""
     records = np.zeros(packs, dtype)
-    if "weight" in dtype.names:
+    if "weight" in (dtype.names or ()):
         records["weight"] = 1
     return records
 
@@ -71,7 +72,7 @@ class PackWriter:
         self.file = AtomicFile(path, threads)
         self.packs, self.dtype, self.written = packs, dtype, 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self.file)
             self._open(stack)
@@ -86,7 +87,7 @@ class PackWriter:
         if len(records):
             self._append(records)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None and self.written != self.packs:
             error = ValueError(f"{self.file.path}: {self.written} packs written, {self.packs} announced")
             self._stack.__exit__(ValueError, error, None)
@@ -159,7 +160,7 @@ def open_packs(path: str | Path) -> np.memmap:
     with open(path, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
-            read_header = {
+            read_header: dict[Any, Any] = {
                 (1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0,
             }
@@ -226,7 +227,7 @@ def sequences_of(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     before = np.zeros(records["loss_mask"].size + 1, np.int64)
     np.cumsum(records["loss_mask"].reshape(-1), out=before[1:])
     trained = before[starts + lengths] - before[starts]
-    if "source" not in records.dtype.names:
+    if "source" not in (records.dtype.names or ()):
         return np.zeros(len(starts), np.uint16), np.ones(len(starts), np.float32), lengths, trained
     return records["source"][used], records["weight"][used], lengths, trained
 
@@ -289,7 +290,7 @@ def read_sequences(path: str | Path, index: int) -> tuple[np.ndarray, np.ndarray
         return None
     packs = open_packs(path)
     _check_index(Path(path), index, len(packs))
-    if "source" not in packs.dtype.names:
+    if "source" not in (packs.dtype.names or ()):
         return None
     used = np.diff(packs[index]["cu_seqlens"]) > 0
     return packs[index]["source"][used], packs[index]["weight"][used]

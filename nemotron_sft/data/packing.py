@@ -12,6 +12,7 @@ and the smaller result kept, so the count is never above that of first-fit decre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -70,7 +71,7 @@ def members(bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def compiled(function):
+def compiled(function: Callable) -> Callable:
     """The function compiled by Numba, from its on-disk cache when there is one."""
     from numba import njit
 
@@ -92,7 +93,7 @@ def _whole_numbers(lengths: ArrayLike) -> np.ndarray:
 # children 2 i and 2 i + 1, the root is 1, leaf k is n + k.
 
 
-def _group(keys, n):
+def _group(keys: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Stable counting sort: order (N,) such that keys[order] ascends, and where each of the n keys starts."""
     starts = np.zeros(n + 1, np.int64)
     for key in keys:
@@ -108,7 +109,9 @@ def _group(keys, n):
     return order, starts
 
 
-def _best_fit(by_length, starts, pack_size, bins):  # noqa: C901 -- one loop, which Numba compiles
+def _best_fit(  # noqa: C901 -- one loop, which Numba compiles
+    by_length: np.ndarray, starts: np.ndarray, pack_size: int, bins: np.ndarray
+) -> int:
     """Fill `bins` by best-fit decreasing and return the number of bins.
 
     by_length (N,): items grouped by ascending length; length l is by_length[starts[l]:starts[l + 1]].
@@ -158,7 +161,7 @@ def _best_fit(by_length, starts, pack_size, bins):  # noqa: C901 -- one loop, wh
     return n_bins
 
 
-def _first_fit(by_length, starts, pack_size, limit, bins):
+def _first_fit(by_length: np.ndarray, starts: np.ndarray, pack_size: int, limit: int, bins: np.ndarray) -> int:
     """Fill `bins` by first-fit decreasing and return the number of bins, or 0 where it exceeds `limit`."""
     leaves = 1
     while leaves < limit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -117,7 +117,7 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
     units = []
     for index, (dataset, files) in enumerate(zip(datasets, found, strict=True)):
         if cfg.sample is not None:  # the first records in file order: one unit that stops early
-            groups = [[reading.whole(file) for file in files]]
+            groups: Iterable[list[Piece]] = [[reading.whole(file) for file in files]]
         else:
             groups = _grouped([p for file in files for p in reading.pieces(file, unit_bytes)], unit_bytes)
         weights = [None if proportions else dataset.weight, dataset.loss_weight, dataset.weight_field]
@@ -215,7 +215,8 @@ def _belong_together(template: Template, tokenizer: Tokenizer) -> None:
 
 def _grouped(pieces: list[Piece], unit_bytes: int) -> Iterator[list[Piece]]:
     """Neighbouring pieces together until a unit is full: many small files cost no more than a large one."""
-    group, size = [], 0
+    group: list[Piece] = []
+    size = 0
     for piece in pieces:
         if group and size + piece.bytes > unit_bytes:
             yield group

@@ -88,7 +88,7 @@ def run_shard(cfg: Prep) -> str:
     Shares can run at the same time on any machines that see the directory. `run` with the same settings merges
     them, after doing what a lost share has left undone. Raises UserError.
     """
-    if not 0 <= cfg.shard < cfg.shards:
+    if cfg.shard is None or not 0 <= cfg.shard < cfg.shards:
         raise UserError(f"shard={cfg.shard} is not one of the {cfg.shards} shards: take 0 .. {cfg.shards - 1}")
     todo = plans.plan(cfg)
     mine = todo.units[cfg.shard :: cfg.shards]
@@ -138,7 +138,7 @@ def locked(directory: Path, shared: bool = False) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create {directory}: {os.strerror(error.errno).lower()}; set output_dir") from None
+        raise UserError(f"cannot create {directory}: {os.strerror(error.errno or 0).lower()}; set output_dir") from None
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -229,7 +229,8 @@ def _start_worker(tokenizer: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from nemotron_sft.data import columnar, hub
 from nemotron_sft.data.jsontext import NotJSON, loads
@@ -112,7 +112,7 @@ def opened(file: File) -> Iterator[BinaryIO]:
             raw = open(path, "rb")  # noqa: SIM115
         with raw:
             if file.packed == ".gz":
-                yield gzip.open(raw)  # noqa: SIM115
+                yield cast(BinaryIO, gzip.open(raw))  # noqa: SIM115
             elif file.packed == ".zst":
                 yield io.BufferedReader(_Zstandard(raw), 1 << 20)
             else:
@@ -133,12 +133,13 @@ class _Zstandard(io.RawIOBase):
         import zstandard
 
         self.raw, self.frames = raw, zstandard.ZstdDecompressor()
-        self.frame, self.rest, self.content = None, b"", b""
+        self.frame: Any = None  # the one that is being read
+        self.rest, self.content = b"", b""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self.content:
             self.rest = self.rest or self.raw.read(1 << 18)
             if not self.rest:

@@ -144,7 +144,7 @@ def print_pack(path: str | Path, pack: int = 0) -> None:
     metadata = read_metadata(directory)
     if path == directory:
         path = directory / metadata["splits"]["training"]["file"]
-    shown = _described(path, pack, metadata, open_tokenizer(metadata), limit=None)
+    shown = _described(Path(path), pack, metadata, open_tokenizer(metadata), limit=None)
 
     from rich.text import Text
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemotron_sft.data.blend import Dataset
 from nemotron_sft.data.hub import endpoint, fetch
@@ -230,8 +230,8 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
         files = [n for n in files if re.search(r"(^|[/._-])train($|[/._-])", n)] or files
     if not files:
         there = sorted({split for _, split, _ in parts} | {config for config, _, _ in parts}) or data[:10]
-        wanted, there = " ".join(words) or "data files", ", ".join(there) or "no data file"
-        raise UserError(f"data set {dataset.name}: no {wanted} in {dataset.path}; there is {there}")
+        wanted, listed = " ".join(words) or "data files", ", ".join(there) or "no data file"
+        raise UserError(f"data set {dataset.name}: no {wanted} in {dataset.path}; there is {listed}")
     return files
 
 
@@ -257,8 +257,8 @@ def _parts(card: dict) -> Iterator[tuple[str, str, list[str]]]:
 
 def _default(card: dict) -> str:
     entries = [entry for entry in card["configs"] if isinstance(entry, dict)]
-    return next((entry.get("config_name") for entry in entries if entry.get("default")), "default")
+    return next((entry.get("config_name") for entry in entries if entry.get("default")), None) or "default"
 
 
-def _ambiguous(dataset: Dataset, what: str, choices: set[str]):
+def _ambiguous(dataset: Dataset, what: str, choices: set[str]) -> NoReturn:
     raise UserError(f"data set {dataset.name}: say which {what} of {dataset.path}: {', '.join(sorted(choices))}")

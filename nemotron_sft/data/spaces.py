@@ -10,8 +10,9 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
+from itertools import batched
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,9 @@ def encode_spans(
     without it.
     """
     special = _pattern(tuple(added))
-    plain, whole, order = [], [], []  # texts for each encoder; for every span, its part in each
+    plain: list[str] = []  # texts for each encoder; order: for every span, its part in each
+    whole: list[str] = []
+    order: list[tuple[int, int]] = []
     for spans in sequences:
         fresh = True  # nothing is written yet, or a special token was, and a space follows one
         for _, text in spans:
@@ -77,7 +80,7 @@ def encode_spans(
         for i, j in order
         for part in (plain_ids[plain_at[i] : plain_at[i + 1]], whole_ids[whole_at[j] : whole_at[j + 1]])
     ]
-    lengths = [len(head) + len(rest) for head, rest in pairwise([*ids, ids[:0]])][::2] if ids else []
+    lengths = [len(head) + len(rest) for head, rest in batched(ids, 2)]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32, copy=False), offsets
 
@@ -88,12 +91,13 @@ def _pattern(added: tuple[str, ...]) -> re.Pattern:
 
 
 @lru_cache(maxsize=2)
-def opened(file: Path, changed: int):
+def opened(file: Path, changed: int) -> Any:
     """The encoder of a tokenizer.json without its space."""
     from tokenizers import Tokenizer as Reference
 
-    content, _ = without_prefix(json.loads(file.read_bytes()))
-    reference = Reference.from_str(json.dumps(content))
+    found = without_prefix(json.loads(file.read_bytes()))
+    assert found, "called for such a tokenizer alone"
+    reference = Reference.from_str(json.dumps(found[0]))
     reference.no_truncation()
     reference.no_padding()
     return reference

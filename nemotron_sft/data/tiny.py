@@ -21,6 +21,7 @@ import random
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nemotron_sft.data.chat import load_template
 
@@ -278,7 +279,7 @@ def spellings() -> list[str]:
     return [f"{word} {word}" for word in once]
 
 
-def train_tokenizer(texts: Iterable[str]):
+def train_tokenizer(texts: Iterable[str]) -> Any:
     """A byte-level BPE `tokenizers.Tokenizer` of VOCABULARY entries; any text round-trips."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 

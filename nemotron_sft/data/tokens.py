@@ -22,9 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import ArrayLike
 
 from nemotron_sft.data import spaces
 from nemotron_sft.data.spaces import without_prefix
@@ -106,21 +108,21 @@ class Tokenizer:
             return found.removeprefix("\ufeff") if isinstance(found, str) else None
         return None
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """The text of token ids, special tokens included."""
         return self._reference.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     @cached_property
-    def _fast(self):
+    def _fast(self) -> Any:
         _limit_threads(self.threads)
         return _open_fastokens(self.file)
 
     @cached_property
-    def _reference(self):
+    def _reference(self) -> Any:
         _limit_threads(self.threads)
         return _open_reference(self.file)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
 
@@ -264,11 +266,11 @@ def _limit_threads(threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
 
 
-def _open_reference(file: Path):
+def _open_reference(file: Path) -> Any:
     return _opened_reference(file, file.stat().st_mtime_ns)
 
 
-def _open_fastokens(file: Path):
+def _open_fastokens(file: Path) -> Any:
     return _opened_fastokens(file, file.stat().st_mtime_ns)
 
 
@@ -281,7 +283,7 @@ def preload(model: str) -> None:
 
 
 @lru_cache(maxsize=2)
-def _opened_reference(file: Path, changed: int):
+def _opened_reference(file: Path, changed: int) -> Any:
     from tokenizers import Tokenizer as Reference
 
     reference = Reference.from_file(str(file))
@@ -291,7 +293,7 @@ def _opened_reference(file: Path, changed: int):
 
 
 @lru_cache(maxsize=2)
-def _opened_fastokens(file: Path, changed: int):
+def _opened_fastokens(file: Path, changed: int) -> Any:
     from fastokens import Tokenizer as Fast
 
     fast = Fast.from_file(str(file))
@@ -305,14 +307,14 @@ def _valid(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _encode_reference(reference, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_reference(reference: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     encoded = [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     ids = np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=offsets[-1])
     return ids, offsets
 
 
-def _encode_flat(fast, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_flat(fast: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     ids, offsets = fast.encode_batch_flat(texts, add_special_tokens=False)
     return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
 
@@ -321,12 +323,12 @@ def _encode_fast(file: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return _encode_flat(_open_fastokens(file), texts)
 
 
-def _decode(reference, texts: list[str]) -> str:
+def _decode(reference: Any, texts: list[str]) -> str:
     ids, _ = _encode_reference(reference, texts)
     return reference.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def _difference(file: Path, reference, pool: Executor | None = None) -> str | None:
+def _difference(file: Path, reference: Any, pool: Executor | None = None) -> str | None:
     """Why fastokens cannot stand in for `reference`, or None."""
     texts = probes([token.content for token in reference.get_added_tokens_decoder().values()])
     elsewhere = pool.submit(_encode_fast, file, texts) if pool else None

@@ -68,7 +68,8 @@ class _Work:
 
     def __init__(self, todo: Plan, unit: Unit):
         self.todo, self.unit, self.dataset = todo, unit, todo.datasets[unit.dataset]
-        self.form, self.flags = todo.forms[unit.dataset], Counter()
+        self.form = todo.forms[unit.dataset]
+        self.flags: Counter[str] = Counter()
         self.stats: dict[str, Any] = {
             **dict.fromkeys((*SUMS, "tokens"), 0), "dropped": {}, "flags": self.flags,
             "lengths": [0] * (len(LENGTH_EDGES) - 1),

@@ -23,6 +23,7 @@ gives one sequence per user turn, cut after that turn's answer and trained on th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_template(name: str = "nano3", source: str | None = None, **options: Any
 
 
 @contextmanager
-def _told():
+def _told() -> Iterator[None]:
     """What a conversation would be dropped for is here a setting to correct."""
     try:
         yield

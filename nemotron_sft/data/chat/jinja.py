@@ -67,8 +67,17 @@ class JinjaTemplate(Template):
     def _marked(self) -> bool:
         return bool(_TAG.search(self.source))
 
+    @property
+    def _compiled(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _switches(self) -> list[str]:
+        return self._opened[1]
+
     @cached_property
-    def _compiled(self):
+    def _opened(self) -> tuple[Any, list[str]]:
+        """The compiled template, and those of _SWITCHES that it reads."""
         from jinja2 import TemplateSyntaxError
         from jinja2.ext import loopcontrols
         from jinja2.meta import find_undeclared_variables
@@ -82,12 +91,11 @@ class JinjaTemplate(Template):
             unknown = find_undeclared_variables(environment.parse(source))
             compiled = environment.from_string(source)
         except TemplateSyntaxError as error:
-            message = error.message.replace("endwith", "endgeneration")
+            message = (error.message or "").replace("endwith", "endgeneration")
             raise UserError(f"{self.name}:{error.lineno}: not a valid Jinja template: {message}") from None
         if self.special_tokens is None and (needed := sorted(unknown & {"bos_token", "eos_token"})):
             raise UserError(f"{self.name}: the template prints {' and '.join(needed)}: set template.special_tokens")
-        self.__dict__["_switches"] = [name for name in _SWITCHES if name in unknown]
-        return compiled
+        return compiled, [name for name in _SWITCHES if name in unknown]
 
     @cached_property
     def _forms(self) -> Forms:
@@ -386,7 +394,9 @@ def _common(text: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 ROLES = ("user", "assistant", "system", "tool", "developer")
@@ -19,7 +20,7 @@ class ChatError(ValueError):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return ChatError, (self.reason, self.detail)
 
 
@@ -119,7 +120,7 @@ def as_object(arguments: Any, index: int) -> dict:
     return arguments
 
 
-def calls_with(message: dict, convert) -> dict:
+def calls_with(message: dict, convert: Callable[[Any], Any]) -> dict:
     """The message with the arguments of its tool calls converted: convert(arguments) -> arguments."""
     calls = []
     for call in message["tool_calls"]:
@@ -176,7 +177,7 @@ def plain_content(content: Any) -> str:
 def reasoning_of(message: dict, index: int = 0) -> str:
     """An answer's reasoning: its own field, or the thinking parts of its content. Raises ChatError if it has two."""
     content = message["content"]
-    parts = [_thinking_of(part) for part in content if _is_thinking(part)] if isinstance(content, list) else []
+    parts = [_thinking_of(part) or "" for part in content if _is_thinking(part)] if isinstance(content, list) else []
     found = [message[name] for name in REASONING if message.get(name)] + ["\n".join(parts)] * bool(parts)
     if not all(isinstance(value, str) for value in found):
         raise ChatError("bad reasoning", f"message {index}: reasoning is not text")

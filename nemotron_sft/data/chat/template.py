@@ -55,9 +55,14 @@ class Template:
             del options["thinking"]
         return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
 
+    @classmethod
+    def jinja(cls) -> str:
+        """A built-in template as Jinja, for whatever serves the model."""
+        raise NotImplementedError
+
     _thinking_shows = True  # whether `thinking` changes the text of a finished conversation
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
     def render(
