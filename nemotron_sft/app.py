@@ -80,6 +80,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
 
     def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage."""
         raise UserError(f"{message}; see python recipes/{self.prog} --help")
 
 

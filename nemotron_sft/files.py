@@ -77,6 +77,7 @@ class AtomicFile:
         return self.bytes
 
     def flush(self) -> None:  # pyarrow calls it
+        """Nothing to do: nothing is kept back."""
         pass
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

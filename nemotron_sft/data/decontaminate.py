@@ -47,6 +47,7 @@ class Evaluation:
 
     @property
     def table(self) -> Table:
+        """The runs of words of the files, read once per process."""
         return _table(self.files)
 
     @property

@@ -53,19 +53,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
     with ExitStack() as stack:
         _allow_open_files(len(todo.units))
         spools = [stack.enter_context(Spool(todo.spool(unit))) for unit in todo.units]
-        repeats = duplicates.find_duplicates(spools)
-        if cfg.dedup:
-            duplicates.leave_out(repeats, spools)
-        if todo.proportions:
-            shares.take_shares(todo, spools)
-        for spool in spools:
-            shares.cut(spool, todo.pack_size, todo.truncate)
-            shares.count(spool)
-        mix = _mix(todo, [spool.stats for spool in spools])
-        for entry, about in zip(mix, duplicates.describe(repeats, spools, todo), strict=True):
-            entry["duplicates"] = about
-        _check_drops(mix, cfg.max_drop_ratio)
-        _check_records(mix, todo)
+        mix = _settle(cfg, todo, spools)
         conversations, sequences = _load(spools)
         if not len(sequences):
             raise UserError(f"blend {todo.name}: nothing to train on in {len(todo.files)} files")
@@ -80,9 +68,36 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
             chosen = np.flatnonzero(which == number).astype(np.int32)
             splits[name] = _write_split(cfg, todo, name, sequences, chosen, spools, threads)
         lengths = np.sum([spool.stats["lengths"] for spool in spools], axis=0).tolist()
+    metadata = _metadata(cfg, todo, mix, splits, lengths, time.monotonic() - started)
+    report.write_report(directory, metadata, todo.tokenizer)
+    packed.write_metadata(directory, metadata)
+    if not cfg.keep_spool:
+        shutil.rmtree(directory / "spool")
+    return metadata
+
+
+def _settle(cfg: Prep, todo: Plan, spools: list[Spool]) -> list[dict]:
+    """Decide in the spools which records count. Returns the mix; see `_mix`. Raises UserError."""
+    repeats = duplicates.find_duplicates(spools)
+    if cfg.dedup:
+        duplicates.leave_out(repeats, spools)
+    if todo.proportions:
+        shares.take_shares(todo, spools)
+    for spool in spools:
+        shares.cut(spool, todo.pack_size, todo.truncate)
+        shares.count(spool)
+    mix = _mix(todo, [spool.stats for spool in spools])
+    for entry, about in zip(mix, duplicates.describe(repeats, spools, todo), strict=True):
+        entry["duplicates"] = about
+    _check_drops(mix, cfg.max_drop_ratio)
+    _check_records(mix, todo)
+    return mix
+
+
+def _metadata(cfg: Prep, todo: Plan, mix: list[dict], splits: dict, lengths: list[int], seconds: float) -> dict:
+    """What metadata.json holds; docs/format.md explains it."""
     tokenizer = todo.tokenizer
-    seconds = time.monotonic() - started
-    metadata = {
+    return {
         "format": packed.FORMAT,
         "version": packed.VERSION,
         "pack_size": cfg.pack_size,
@@ -93,7 +108,7 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         "template": {**template_options(cfg, tokenizer), "digest": todo.template.digest},
         "blend": {"name": todo.name, "mix": "proportions" if todo.proportions else "passes", "datasets": mix},
         "splits": splits,
-        "split_ratios": ratios,
+        "split_ratios": asdict(cfg.split),
         "lengths": {"edges": LENGTH_EDGES, "counts": lengths},
         "over_long": cfg.over_long,
         "max_drop_ratio": cfg.max_drop_ratio,
@@ -108,11 +123,6 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
         "wall_seconds": round(seconds, 3),
         "tokens_per_second": round(sum(part["tokens"] for part in splits.values()) / seconds),
     }  # fmt: skip
-    report.write_report(directory, metadata, tokenizer)
-    packed.write_metadata(directory, metadata)
-    if not cfg.keep_spool:
-        shutil.rmtree(directory / "spool")
-    return metadata
 
 
 def _allow_open_files(count: int) -> None:

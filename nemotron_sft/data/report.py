@@ -182,14 +182,17 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
+    """0.123 as 12.3%; with more digits just below 100%."""
     return f"{value:.1%}" if value < 0.999 or value == 1 else f"{value:.3%}"
 
 
 def share(part: float, whole: float) -> str:
+    """A part of a whole as a percentage; - where the whole is 0."""
     return percent(part / whole) if whole else "-"
 
 
 def size(nbytes: int) -> str:
+    """A number of bytes in B, kB, MB or GB, 3 digits."""
     unit = next((u for u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if nbytes >= u[0]), (1, "B"))
     return f"{nbytes / unit[0]:.3g} {unit[1]}"
 

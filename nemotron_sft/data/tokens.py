@@ -286,20 +286,21 @@ def preload(model: str) -> None:
 def _opened_reference(file: Path, changed: int) -> Any:
     from tokenizers import Tokenizer as Reference
 
-    reference = Reference.from_file(str(file))
-    reference.no_truncation()
-    reference.no_padding()
-    return reference
+    return _whole(Reference.from_file(str(file)))
 
 
 @lru_cache(maxsize=2)
 def _opened_fastokens(file: Path, changed: int) -> Any:
     from fastokens import Tokenizer as Fast
 
-    fast = Fast.from_file(str(file))
-    fast.no_truncation()
-    fast.no_padding()
-    return fast
+    return _whole(Fast.from_file(str(file)))
+
+
+def _whole(encoder: Any) -> Any:
+    """The encoder, encoding texts as they are: a tokenizer.json may ask for cutting and padding."""
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
 
 
 def _valid(text: str) -> str:
