@@ -197,7 +197,7 @@ class Prep:
     max_drop_ratio: float = MISSING
     dedup: bool = MISSING
     decontaminate: list[str] = MISSING  # files of evaluation sets
-    sample: int | None = MISSING  # records per data set
+    sample: int | None = MISSING  # records per dataset
     seed: int = MISSING
     format: str = MISSING  # npy | parquet
     keep_spool: bool = MISSING  # of tokens, for another pack_size

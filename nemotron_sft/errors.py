@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong, where, and what to do.
+    """Something the user can fix: one line that says what is wrong, where, and what to do.
 
     Entry points print it without a traceback and exit with status 2.
     """

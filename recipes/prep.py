@@ -2,7 +2,7 @@
 
   python recipes/prep.py blend=tiny                                the data in this repository
   python recipes/prep.py blend=my.json tokenizer.model=PATH_OR_HUB_ID
-  python recipes/prep.py blend=nano3 sample=1000                   1,000 records of each open data set
+  python recipes/prep.py blend=nano3 sample=1000                   1,000 records of each open dataset
   python recipes/show.py output/data/tiny --pack 7                 look at a pack
 
 A rerun continues where an interrupted run stopped, and does nothing if nothing changed.

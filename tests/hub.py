@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback: enough of its HTTP interface for data sets, with range requests."""
+"""A small Hugging Face hub on loopback: enough of its HTTP interface for datasets, with range requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A blend: which data sets make up the training data, and how often each is passed over.
+"""A blend: which datasets make up the training data, and how often each is passed over.
 
     {"datasets": [{"name": "chat", "path": "org/name", "split": "train", "weight": 1.0}, ...]}
 
@@ -30,9 +30,9 @@ class Dataset:
     """One entry of a blend.
 
     path: a file, a glob, a directory, an fsspec URL, or a hub id `org/name` (also `hf://org/name`).
-    subset, split: which part of a hub data set or directory, by the names its card or its files give.
+    subset, split: which part of a hub dataset or directory, by the names its card or its files give.
     weight: passes over the data; 0.25 takes a seeded quarter, 1.5 takes all once and a seeded half again, 0
-        leaves the data set out. With mix "proportions" it is the share of the records, in any unit.
+        leaves the dataset out. With mix "proportions" it is the share of the records, in any unit.
     loss_weight: what a token counts in the loss. weight_field: where a record says it too; the two are multiplied.
     filter: {field: value}: keep records whose field equals the value, or contains it if the field is a list.
     form: one of FORMS, None to find it from the first records. fields: {part: field} where the form's parts are, if
@@ -63,7 +63,7 @@ class Dataset:
 
 
 def load_blend(blend: config.Blend) -> tuple[str, list[Dataset], str]:
-    """The blend's name, its data sets and its mix, from the composed config or the file that `blend.path` names.
+    """The blend's name, its datasets and its mix, from the composed config or the file that `blend.path` names.
 
     Raises UserError for a missing or unreadable file, an unknown or missing field, a bad weight, or a
     repeated name.
@@ -80,11 +80,11 @@ def load_blend(blend: config.Blend) -> tuple[str, list[Dataset], str]:
     if mix not in MIXES:
         raise UserError(f"{where}: mix is {mix!r}: choose from {', '.join(MIXES)}")
     if not isinstance(entries, list) or not entries:
-        raise UserError(f'{where}: no data sets; expected {{"datasets": [{{"name": ..., "path": ...}}]}}')
+        raise UserError(f'{where}: no datasets; expected {{"datasets": [{{"name": ..., "path": ...}}]}}')
     datasets = [_dataset(entry, f"{where}, datasets[{i}]") for i, entry in enumerate(entries)]
     names = [dataset.name for dataset in datasets]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{where}: two data sets are named {repeated[0]}; give each its own name")
+        raise UserError(f"{where}: two datasets are named {repeated[0]}; give each its own name")
     return name or "blend", [dataset for dataset in datasets if dataset.weight > 0], mix
 
 
@@ -112,7 +112,7 @@ def _dataset(entry: Any, where: str) -> Dataset:
         raise UserError(f"{where}: expected name, path and so on, not {entry!r}")
     entry = {key: value for key, value in entry.items() if not str(key).startswith("_") and value is not None}
     known = [f.name for f in fields(Dataset)]
-    if "used_in" in entry:  # short for the filter that the Nemotron data sets need
+    if "used_in" in entry:  # short for the filter that the Nemotron datasets need
         entry["filter"] = {**entry.get("filter", {}), "used_in": entry.pop("used_in")}
     for key in entry:
         if key not in known:

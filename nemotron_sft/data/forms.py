@@ -111,12 +111,12 @@ def detect(dataset: Dataset, records: Iterable[dict], messages_field: str, tools
         given["messages"] = field
     if name is None:
         raise UserError(
-            f"data set {dataset.name}: no conversations recognised in its first records, which have "
+            f"dataset {dataset.name}: no conversations recognised in its first records, which have "
             f"{_listed(there)}; say form ({', '.join(FORMS)}) and fields, or messages_field (docs/data.md)"
         )
     if unknown := [part for part in dataset.fields if part not in PARTS[name]]:
         raise UserError(
-            f"data set {dataset.name}: form {name} has no part {unknown[0]}: known are {', '.join(PARTS[name])}"
+            f"dataset {dataset.name}: form {name} has no part {unknown[0]}: known are {', '.join(PARTS[name])}"
         )
     parts = {part: given.get(part) or _present(choices, there) for part, choices in PARTS[name].items()}
     if name == "pairs" and not {"prompt", "answer"} & given.keys():
@@ -125,7 +125,7 @@ def detect(dataset: Dataset, records: Iterable[dict], messages_field: str, tools
         if parts[part] not in there:
             wanted = parts[part] or " or ".join(PARTS[name][part])
             raise UserError(
-                f"data set {dataset.name}: form {name} needs a field for {part}, and no record has {wanted}, only "
+                f"dataset {dataset.name}: form {name} needs a field for {part}, and no record has {wanted}, only "
                 f"{_listed(there)}; say fields: {{{part}: NAME}}"
             )
     return Form(name, tuple((part, field) for part, field in parts.items() if field))

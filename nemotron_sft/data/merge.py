@@ -133,7 +133,7 @@ def _allow_open_files(count: int) -> None:
 
 
 def _mix(todo: Plan, stats: list[dict]) -> list[dict]:
-    """Per data set: what was read, kept and dropped, and its requested and realised share of the mix.
+    """Per dataset: what was read, kept and dropped, and its requested and realised share of the mix.
 
     Shares count records: requested is weight x records that pass the filter (the weight alone where weights are
     proportions), realised what was really taken, repeats included.
@@ -179,7 +179,7 @@ def _check_records(mix: list[dict], todo: Plan) -> None:
         else:
             why, drop = max(entry["dropped"].items(), key=lambda item: item[1]["count"])
             reason = f"nothing is left of {matched:,} records; most are dropped for {why}, first at {drop['first']}"
-        raise UserError(f"data set {entry['name']}: {reason}; correct that, or leave it out with weight: 0")
+        raise UserError(f"dataset {entry['name']}: {reason}; correct that, or leave it out with weight: 0")
 
 
 def _check_drops(mix: list[dict], limit: float) -> None:
@@ -190,7 +190,7 @@ def _check_drops(mix: list[dict], limit: float) -> None:
         if count > limit * entry["records_matched"]:
             reason, drop = max(drops.items(), key=lambda item: item[1]["count"])
             raise UserError(
-                f"data set {entry['name']}: {count} of {entry['records_matched']} records dropped, more than "
+                f"dataset {entry['name']}: {count} of {entry['records_matched']} records dropped, more than "
                 f"max_drop_ratio={limit:g}; mostly for {reason}, first at {drop['first']}"
             )
 

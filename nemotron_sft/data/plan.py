@@ -30,7 +30,7 @@ MAX_UNITS = 2048  # ... but huge inputs get larger units, because merging holds 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work: consecutive pieces of one data set's files. `dataset` indexes Plan.datasets."""
+    """A piece of work: consecutive pieces of one dataset's files. `dataset` indexes Plan.datasets."""
 
     key: str
     dataset: int
@@ -66,7 +66,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The blend's name, its data sets, the files of each, and what the weights mean (a word of MIXES)."""
+    """The blend's name, its datasets, the files of each, and what the weights mean (a word of MIXES)."""
 
     name: str
     datasets: list[Dataset]

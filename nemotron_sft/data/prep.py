@@ -108,7 +108,7 @@ def run_shard(cfg: Prep) -> str:
 def describe_inputs(todo: Plan) -> None:
     """Say how each dataset is read, and what it is compared with, one line each."""
     for dataset, form in zip(todo.datasets, todo.forms, strict=True):
-        say(f"data set {dataset.name}: {form}{'' if dataset.form else ', by its first records'}")
+        say(f"dataset {dataset.name}: {form}{'' if dataset.form else ', by its first records'}")
     if todo.evaluation:
         about = todo.evaluation.describe()
         short = f"; {about['too_short']:,} are too short to be found again" if about["too_short"] else ""

@@ -47,7 +47,7 @@ class File:
         return suffixes[-1] if suffixes else ""
 
     @property
-    def packed(self) -> str:
+    def compression(self) -> str:
         """ ".gz", ".zst" or ""."""
         return next((p for p in COMPRESSED if self.path.endswith(p)), "")
 
@@ -70,7 +70,7 @@ def pieces(file: File, piece_bytes: int) -> list[Piece]:
             if file.format == ".parquet":
                 return [Piece(file, i, i + 1, size) for i, size in enumerate(columnar.parquet_sizes(handle))]
             return _arrow_pieces(file, columnar.arrow_sizes(handle), piece_bytes)
-    if file.packed or _is_array(file):
+    if file.compression or _is_array(file):
         return [Piece(file, 0, -1, file.bytes)]
     starts = range(0, file.bytes, piece_bytes)
     return [Piece(file, s, min(s + piece_bytes, file.bytes), min(piece_bytes, file.bytes - s)) for s in starts]
@@ -111,14 +111,14 @@ def opened(file: File) -> Iterator[BinaryIO]:
         else:
             raw = open(path, "rb")  # noqa: SIM115
         with raw:
-            if file.packed == ".gz":
+            if file.compression == ".gz":
                 yield cast(BinaryIO, gzip.open(raw))  # noqa: SIM115
-            elif file.packed == ".zst":
+            elif file.compression == ".zst":
                 yield io.BufferedReader(_Zstandard(raw), 1 << 20)
             else:
                 yield raw
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{file.label}: damaged {file.packed} file: {error}") from None
+        raise UserError(f"{file.label}: damaged {file.compression} file: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{file.label}: no such file any more") from None
     except PermissionError:
@@ -210,7 +210,7 @@ def read(
 
 def _lines(piece: Piece) -> Iterator[tuple[int, object]]:
     """JSON lines. A line belongs to the piece in which its first byte lies."""
-    by_bytes = not piece.file.packed
+    by_bytes = not piece.file.compression
     with opened(piece.file) as handle:
         position = 0
         if piece.start:  # step to the first line that begins at or after `start`
@@ -254,7 +254,7 @@ def _rows(piece: Piece, columns: list[str] | None) -> Iterator[tuple[int, object
 
 def locate(file: File, position: int) -> str:
     """ "file:line" of a record, counted from 1 (the row or element for Parquet, Arrow and JSON arrays)."""
-    if file.packed or file.format in COLUMNAR or _is_array(file):
+    if file.compression or file.format in COLUMNAR or _is_array(file):
         return f"{file.label}:{position + 1}"
     line, left = 1, position
     with opened(file) as handle:

@@ -31,7 +31,7 @@ def print_report(metadata: dict) -> None:
     names = [escape(d["name"]) for d in datasets]  # rich reads [...] as markup
     table(
         f"Mix of {escape(metadata['blend']['name'])}",
-        ["data set", "weight", "requested", "realised", "sequences", "tokens", "trained"],
+        ["dataset", "weight", "requested", "realised", "sequences", "tokens", "trained"],
         [
             (name, f"{d['weight']:g}", percent(d["requested_share"]), percent(d["realised_share"]),
              number(d["sequences"]), number(d["tokens"]), share(d["trained_tokens"], d["tokens"]))
@@ -40,7 +40,7 @@ def print_report(metadata: dict) -> None:
     )  # fmt: skip
     table(
         "Records",
-        ["data set", "read", "kept", "dropped", "repeated", "truncated sequences"],
+        ["dataset", "read", "kept", "dropped", "repeated", "truncated sequences"],
         [
             (name, number(d["records_read"]), number(d["records_kept"]), number(dropped(d)),
              number(duplicates(d)["count"]), number(d["truncated"]))
@@ -49,7 +49,7 @@ def print_report(metadata: dict) -> None:
     )  # fmt: skip
     table(
         "Forms",
-        ["data set", "form", "records with"],
+        ["dataset", "form", "records with"],
         [(name, escape(visible(d.get("form", "-"))), flags(d)) for name, d in zip(names, datasets, strict=True)],
     )
     table(
@@ -198,12 +198,12 @@ def size(nbytes: int) -> str:
 
 
 def dropped(dataset: dict) -> int:
-    """How much of a data set was dropped, whatever the reason."""
+    """How much of a dataset was dropped, whatever the reason."""
     return sum(drop["count"] for drop in dataset["dropped"].values())
 
 
 def all_drops(metadata: dict) -> list[dict]:
-    """Every reason of every data set, the most frequent first."""
+    """Every reason of every dataset, the most frequent first."""
     drops = [
         {
             "dataset": d["name"],
@@ -219,12 +219,12 @@ def all_drops(metadata: dict) -> list[dict]:
 
 
 def duplicates(dataset: dict) -> dict:
-    """How many records of a data set repeat an earlier one, and examples; older outputs do not say."""
+    """How many records of a dataset repeat an earlier one, and examples; older outputs do not say."""
     return dataset.get("duplicates", {"count": 0, "examples": []})
 
 
 def all_duplicates(metadata: dict) -> list[dict]:
-    """The examples of all data sets, each with dataset, at and repeats."""
+    """The examples of all datasets, each with dataset, at and repeats."""
     return [
         {"dataset": d["name"], **example}
         for d in metadata["blend"]["datasets"]
@@ -233,7 +233,7 @@ def all_duplicates(metadata: dict) -> list[dict]:
 
 
 def flags(dataset: dict) -> str:
-    """What was found in a data set's records beside roles and texts, and in how many of them."""
+    """What was found in a dataset's records beside roles and texts, and in how many of them."""
     return ", ".join(f"{name} {number(count)}" for name, count in dataset.get("flags", {}).items()) or "-"
 
 

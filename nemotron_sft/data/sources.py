@@ -1,6 +1,6 @@
-"""Records from wherever they are: local files, fsspec URLs and Hugging Face hub data sets.
+"""Records from wherever they are: local files, fsspec URLs and Hugging Face hub datasets.
 
-    find(dataset)     the files of a data set, downloaded if they are on the hub
+    find(dataset)     the files of a dataset, downloaded if they are on the hub
     pieces(file, ...) a file as pieces that can be read independently
     read(piece)       the piece's records with their positions
     locate(file, position)  "file:line" for a person
@@ -37,7 +37,7 @@ INFO_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "s
 
 
 def find(dataset: Dataset, *, download: bool = True, base: Path | None = None) -> list[File]:
-    """The files of a data set in a fixed order. Hub files are downloaded first, unless `download` is false:
+    """The files of a dataset in a fixed order. Hub files are downloaded first, unless `download` is false:
     then each is fetched when it is first read.
 
     A relative path counts from `base`, the blend file's folder, or, if nothing is there, from the working directory,
@@ -57,10 +57,10 @@ def find(dataset: Dataset, *, download: bool = True, base: Path | None = None) -
             if _is_glob(path) and (matches := _glob(local)):
                 return _matching(local, matches, dataset)
     if _is_glob(path):
-        raise UserError(f"data set {dataset.name}: no file matches {path}")
+        raise UserError(f"dataset {dataset.name}: no file matches {path}")
     if HUB_ID.fullmatch(path) and not path.endswith((*FORMATS, *COMPRESSED)):
         return _hub(dataset, download)
-    raise UserError(f"data set {dataset.name}: no such file or directory: {path}")
+    raise UserError(f"dataset {dataset.name}: no such file or directory: {path}")
 
 
 def _is_glob(path: str) -> bool:
@@ -88,7 +88,7 @@ def _matching(pattern: Path, matches: list[Path], dataset: Dataset) -> list[File
     fixed = Path(*takewhile(lambda part: not _is_glob(part), pattern.parts))
     files = [p for p in matches if p.is_file() and _is_data(p.relative_to(fixed).as_posix())]
     if not files:
-        raise UserError(f"data set {dataset.name}: no data file matches {dataset.path}")
+        raise UserError(f"dataset {dataset.name}: no data file matches {dataset.path}")
     return [_local(p, p.relative_to(fixed).as_posix()) for p in files]
 
 
@@ -104,7 +104,7 @@ def _is_hidden(part: str) -> bool:
 
 
 def _is_data(name: str) -> bool:
-    """Whether a file of a data set, by its name in it, holds records."""
+    """Whether a file of a dataset, by its name in it, holds records."""
     *folders, file = name.split("/")
     if any(map(_is_hidden, (*folders, file))) or file in INFO_FILES:
         return False
@@ -114,8 +114,8 @@ def _is_data(name: str) -> bool:
 def _has_format(name: str) -> bool:
     if name.endswith(COLUMNAR):
         return True
-    for packed in COMPRESSED:
-        name = name.removesuffix(packed)
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
     return name.endswith((".jsonl", ".ndjson", ".json"))
 
 
@@ -136,11 +136,11 @@ def _remote(dataset: Dataset) -> list[File]:
             names = {info["name"].removeprefix(base): info for info in infos}
             infos = [names[name] for name in select(sorted(names), {}, dataset, hub=False)]
     except ImportError as error:
-        raise UserError(f"data set {dataset.name}: {dataset.path} needs a package: {error}") from None
+        raise UserError(f"dataset {dataset.name}: {dataset.path} needs a package: {error}") from None
     except Exception as error:  # every backend has its own exceptions
-        raise UserError(f"data set {dataset.name}: cannot list {dataset.path}: {error!r}") from None
+        raise UserError(f"dataset {dataset.name}: cannot list {dataset.path}: {error!r}") from None
     if not infos:
-        raise UserError(f"data set {dataset.name}: nothing at {dataset.path}")
+        raise UserError(f"dataset {dataset.name}: nothing at {dataset.path}")
     files, base = [], os.path.commonpath([fs.unstrip_protocol(info["name"]) for info in infos])
     for info in sorted(infos, key=lambda info: info["name"]):
         url = fs.unstrip_protocol(info["name"])
@@ -151,7 +151,7 @@ def _remote(dataset: Dataset) -> list[File]:
 
 
 def _hub(dataset: Dataset, download: bool) -> list[File]:
-    """Files of a Hugging Face data set at one commit. Interrupted downloads are resumed by
+    """Files of a Hugging Face dataset at one commit. Interrupted downloads are resumed by
     huggingface_hub."""
     import httpx
     import huggingface_hub
@@ -163,7 +163,7 @@ def _hub(dataset: Dataset, download: bool) -> list[File]:
     )
 
     repo = dataset.path.removeprefix("hf://").removeprefix("datasets/")
-    where = f"data set {dataset.name}: {repo}"
+    where = f"dataset {dataset.name}: {repo}"
     try:
         info = huggingface_hub.HfApi().dataset_info(repo, revision=dataset.revision, files_metadata=True)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
@@ -176,7 +176,7 @@ def _hub(dataset: Dataset, download: bool) -> list[File]:
             patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in chosen]
             huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=info.sha, allow_patterns=patterns)
     except RepositoryNotFoundError:
-        raise UserError(f"{where}: neither a path here nor a data set on {endpoint()} (or it needs a login)") from None
+        raise UserError(f"{where}: neither a path here nor a dataset on {endpoint()} (or it needs a login)") from None
     except RevisionNotFoundError:
         raise UserError(f"{where}: no revision {dataset.revision} on {endpoint()}") from None
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -187,7 +187,7 @@ def _hub(dataset: Dataset, download: bool) -> list[File]:
 
 
 def _card(text: str) -> dict[str, Any]:
-    """The YAML header of a data set card."""
+    """The YAML header of a dataset card."""
     import yaml
 
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
@@ -201,10 +201,10 @@ def _card(text: str) -> dict[str, Any]:
 def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list[str]:
     """Which of a repository's or directory's files belong to `dataset.subset` and `dataset.split`.
 
-    The card's `configs` decide where they exist: each of the two words names a config or a split (data sets
+    The card's `configs` decide where they exist: each of the two words names a config or a split (datasets
     differ in which they use). Otherwise a word must be part of the file's path:
     data/train-00000-of-00002.parquet belongs to train. With neither word a directory is taken whole, a hub
-    data set must have one split or `train`.
+    dataset must have one split or `train`.
     """
     data = [name for name in names if _is_data(name)]
     words = [word for word in (dataset.subset, dataset.split) if word]
@@ -231,7 +231,7 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
     if not files:
         there = sorted({split for _, split, _ in parts} | {config for config, _, _ in parts}) or data[:10]
         wanted, listed = " ".join(words) or "data files", ", ".join(there) or "no data file"
-        raise UserError(f"data set {dataset.name}: no {wanted} in {dataset.path}; there is {listed}")
+        raise UserError(f"dataset {dataset.name}: no {wanted} in {dataset.path}; there is {listed}")
     return files
 
 
@@ -261,4 +261,4 @@ def _default(card: dict) -> str:
 
 
 def _ambiguous(dataset: Dataset, what: str, choices: set[str]) -> NoReturn:
-    raise UserError(f"data set {dataset.name}: say which {what} of {dataset.path}: {', '.join(sorted(choices))}")
+    raise UserError(f"dataset {dataset.name}: say which {what} of {dataset.path}: {', '.join(sorted(choices))}")

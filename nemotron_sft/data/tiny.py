@@ -1,4 +1,4 @@
-"""The tiny data set of the smoke run: a seeded generator for chats, held-out prompts and a tokenizer.
+"""The tiny dataset of the smoke run: a seeded generator for chats, held-out prompts and a tokenizer.
 
     python -m nemotron_sft.tiny [--out data/tiny] [--seed 0]
 

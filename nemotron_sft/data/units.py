@@ -196,7 +196,7 @@ def printable(text: str, limit: int = 300) -> str:
 def trusted(todo: Plan, pool: Executor | None = None, characters: int = 100_000) -> Plan:
     """The plan, with the reference encoder if the fast one errs on the run's own spans.
 
-    load_tokenizer has compared the two on texts made for it; this adds the first spans of every data set.
+    load_tokenizer has compared the two on texts made for it; this adds the first spans of every dataset.
     `pool`: see there.
     """
     if todo.tokenizer.backend == "tokenizers":

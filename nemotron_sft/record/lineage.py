@@ -163,10 +163,10 @@ def data_summary(metadata: dict) -> dict:
 
 
 def of_sources(metadata: dict) -> list[dict]:
-    """The data sets of a prep output as inputs, one artifact each. Hashes the local files.
+    """The datasets of a prep output as inputs, one artifact each. Hashes the local files.
 
     A file that changed after it was read, is not local, or was only sampled, is on record by its stamp (size and
-    time, ETag, or the commit of a hub data set).
+    time, ETag, or the commit of a hub dataset).
     """
     with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
         digests = list(pool.map(lambda file: _source_digest(file, metadata["sample"]), metadata["inputs"]))

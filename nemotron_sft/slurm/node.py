@@ -7,7 +7,7 @@ leaves behind for its script:
 
     JOB_failure.txt            what the rank that failed first has to say
     JOB_RANK_traceback.txt     the same of every rank that failed
-    JOB_stop                   the job was told to save and stop, and wants to go on later
+    JOB_stop                   the job was told to save and stop, and is to be queued again
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemotron_sft.paths import TYPED
 
 
 def run(task: Callable, arguments: list[str]) -> None:
-    """Call `task` with the frozen config; exit with 2 for what the user can mend, 1 for any other error."""
+    """Call `task` with the frozen config; exit with 2 for what the user can fix, 1 for any other error."""
     _, config, _, job, *overrides = arguments
     cfg = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(overrides))
     typed = Path(config).with_name("command.txt")

@@ -83,7 +83,7 @@ class PackedDataset:
         self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
         self.weighting, self.mtp_depth = weighting, mtp_depth
         # Read, not mapped: pages that were touched would count as this process's memory.
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as there is a data set
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as there is a dataset
         self.offset, self.bytes = packs.offset, packs.dtype.itemsize
         self.dtype = _numbered(packs.dtype)
 

@@ -6,7 +6,7 @@ from nemotron_sft.errors import UserError
 
 
 def check_topology(model, world_size: int, row: int) -> None:
-    """Raise UserError with one line for a division of the model over GPUs that cannot work.
+    """Raise UserError, one line, if the model cannot be divided over the GPUs as the config asks.
 
     model: Bridge's model provider; row: tokens of a forward pass, all packs of a micro batch together.
     """

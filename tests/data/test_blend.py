@@ -54,15 +54,15 @@ def test_weight_zero_leaves_a_data_set_out(tmp_path):
     ("content", "words"),
     [
         ("{not json: [", ":1: not JSON"),
-        ({"data": []}, "no data sets"),
-        ({"datasets": []}, "no data sets"),
+        ({"data": []}, "no datasets"),
+        ({"datasets": []}, "no datasets"),
         ({"datasets": ["x"]}, "expected name, path"),
         ({"datasets": [{"path": "x"}]}, "datasets[0]: name is missing"),
         ({"datasets": [{"name": "a", "path": "x", "weigth": 1}]}, "did you mean"),
         ({"datasets": [{"name": "a", "path": "x", "weight": "1"}]}, "weight must be a number"),
         ({"datasets": [{"name": "a", "path": "x", "weight": True}]}, "weight must be a number"),
         ({"datasets": [{"name": "a", "path": "x", "weight": -1}]}, "number of passes"),
-        ({"datasets": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "two data sets are named a"),
+        ({"datasets": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "two datasets are named a"),
     ],
 )
 def test_refused(tmp_path, content, words):

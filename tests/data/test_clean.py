@@ -66,7 +66,7 @@ def test_a_dataset_that_only_repeats_is_an_error(configured, tmp_path):  # noqa:
     path = str(jsonl(tmp_path / "a.jsonl", records(3)))
     blend = [{"name": "a", "path": path}, {"name": "again", "path": path}]
     assert [d["duplicates"]["count"] for d in prep.run(configured(blend))["blend"]["datasets"]] == [0, 3]
-    with pytest.raises(UserError, match="data set again: each of 3 records repeats an earlier one"):
+    with pytest.raises(UserError, match="dataset again: each of 3 records repeats an earlier one"):
         prep.run(configured(blend, "dedup=true"))
 
 

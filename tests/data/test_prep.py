@@ -249,7 +249,7 @@ def test_sample_takes_the_first_of_each_and_its_own_place(configured, tmp_path, 
 
 
 def test_a_conversation_is_in_one_split(configured, tmp_path):
-    """Repeated by weight, within a file and across data sets, and cut into several sequences by reasoning."""
+    """Repeated by weight, within a file and across datasets, and cut into several sequences by reasoning."""
     rows = [chat(f"q{i}", "a", f"r{i}", "b") for i in range(150)]
     for row in rows:
         row["messages"][1]["reasoning_content"] = "hm"
@@ -558,7 +558,7 @@ def test_broken_template(configured, tmp_path):
 
 
 def test_nothing_to_train_on(configured, tmp_path):
-    with pytest.raises(UserError, match=r"data set d: none of 3 records matches its filter {'used_in': 'x'}"):
+    with pytest.raises(UserError, match=r"dataset d: none of 3 records matches its filter {'used_in': 'x'}"):
         prep.run(configured(jsonl(tmp_path / "a.jsonl", records(3)), filter={"used_in": "x"}))
 
 

@@ -87,10 +87,10 @@ def test_proportions_count_what_is_usable(configured, tmp_path):  # noqa: F811
     mix = proportioned(configured, tmp_path, entries, "dedup=true")["blend"]["datasets"]
     assert [d["passes"] for d in mix] == [40, 40]
     entries[1]["path"] = str(jsonl(tmp_path / "none.jsonl", []))
-    with pytest.raises(UserError, match="data set d1: no records"):
+    with pytest.raises(UserError, match="dataset d1: no records"):
         proportioned(configured, tmp_path, entries)
     entries[1] |= {"path": str(tmp_path / "1.jsonl"), "weight": 0.001}
-    with pytest.raises(UserError, match=r"data set d1: weight=0\.001 takes none of 40 records"):
+    with pytest.raises(UserError, match=r"dataset d1: weight=0\.001 takes none of 40 records"):
         proportioned(configured, tmp_path, entries)
 
 

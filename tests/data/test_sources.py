@@ -140,7 +140,7 @@ configs:
 - config_name: other
   data_files: data/other.jsonl
 ---
-# A data set
+# A dataset
 """
 NAMES = [
     "README.md",
@@ -225,7 +225,7 @@ def test_hub_errors(tmp_path):
         code = "try:\n    sources.find(Dataset(name='d', path='PATH', revision=REVISION))\n"
         code += "except UserError as e:\n    print(e)"
         missing = code.replace("PATH", "org/nothing").replace("REVISION", "None")
-        assert f"org/nothing: neither a path here nor a data set on {server.url}" in in_fresh_process(
+        assert f"org/nothing: neither a path here nor a dataset on {server.url}" in in_fresh_process(
             missing, server, tmp_path
         )
         revision = code.replace("PATH", "org/name").replace("REVISION", "'v9'")

@@ -1,4 +1,4 @@
-"""The tiny data set: reproducible, held-out prompts unseen, answers right, a tokenizer that loses nothing."""
+"""The tiny dataset: reproducible, held-out prompts unseen, answers right, a tokenizer that loses nothing."""
 
 import json
 import re

@@ -224,7 +224,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 
 
 class Models(Handler):
-    """The data set hub of the tests, asked for models."""
+    """The dataset hub of the tests, asked for models."""
 
     def answer(self, body: bool) -> None:
         api, models_api = "/api/datasets/", "/api/models/"

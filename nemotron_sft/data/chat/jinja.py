@@ -150,7 +150,8 @@ class JinjaTemplate(Template):
 
     def _spans(self, sequence: _Sequence, messages: list[dict], tools: list[dict], variables: dict) -> list[list[Span]]:
         """The spans of a sequence, and of those that leave it: answers that change how their own past is written."""
-        find, left = (self._spans_by_tags if self._marked else self._spans_by_prompts), []
+        find = self._spans_by_tags if self._marked else self._spans_by_prompts
+        left: list[list[Span]] = []
         while sequence.ends:
             try:
                 spans = find(sequence, messages, tools, variables)
