@@ -168,17 +168,7 @@ def collate(
     """
     import torch
 
-    packs, pack_size = records["input_ids"].shape
-    total = packs * pack_size
-    tokens = records["input_ids"].reshape(total).astype(np.int64)
-    mask = records["loss_mask"].reshape(total)
-    cu_seqlens = _boundaries(records)
-    last = cu_seqlens[1:] - 1
-
-    labels, trained = np.append(tokens[1:], 0), np.append(mask[1:], 0) != 0
-    labels[last], trained[last] = 0, False
-    loss_mask, sources = _weighed(records, trained, cu_seqlens, weighting)
-    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "sources": sources}
+    row, cu_seqlens = _joined(records, weighting)
     padded = None
     if context_parallel > 1:
         row, cu_seqlens, padded = _pad_documents(
@@ -200,6 +190,22 @@ def collate(
         "packs": records["number"].tolist() if "number" in records.dtype.names else [],
     }
     return batch | {"counts": counts}
+
+
+def _joined(records: np.ndarray, weighting: Weighting) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The row of `collate` before it is padded, arrays (T,), and its boundaries cu_seqlens (m + 1,) int64."""
+    packs, pack_size = records["input_ids"].shape
+    total = packs * pack_size
+    tokens = records["input_ids"].reshape(total).astype(np.int64)
+    mask = records["loss_mask"].reshape(total)
+    cu_seqlens = _boundaries(records)
+    last = cu_seqlens[1:] - 1
+
+    labels, trained = np.append(tokens[1:], 0), np.append(mask[1:], 0) != 0
+    labels[last], trained[last] = 0, False
+    loss_mask, sources = _weighed(records, trained, cu_seqlens, weighting)
+    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "sources": sources}
+    return row, cu_seqlens
 
 
 def _boundaries(records: np.ndarray) -> np.ndarray:
