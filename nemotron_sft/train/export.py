@@ -23,10 +23,11 @@ from omegaconf import OmegaConf
 from nemotron_sft.data.packed import open_packs, read_metadata
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import write_json
-from nemotron_sft.train import checkpoints, handover, hf, peft
+from nemotron_sft.train import adapter_files, checkpoints, handover, hf, peft
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
+from nemotron_sft.train.compat.transformers import exact_scan
 from nemotron_sft.train.start import log_to_file, start_bridge, this_machine
-from nemotron_sft.train.weights import AdaptedReader, CheckpointReader, HuggingFaceReader, Skeleton
+from nemotron_sft.train.weights import EMBEDDING, HEAD, AdaptedReader, CheckpointReader, HuggingFaceReader, Skeleton
 
 SAMPLE = 256  # tokens on which an export is compared with the model it came from
 # Largest difference of two logits, relative to the largest logit: fp32 differs by the order of additions, bf16 by
@@ -100,7 +101,7 @@ def export(run_dir: Path, path: Path | str | None) -> Export | None:
         if not first:
             return None
         _write_index(job, result)
-        result.told = handover.write(job.partial, job.metadata, job.data_dir, job.base)
+        result.told += handover.write(job.partial, job.metadata, job.data_dir, job.base)
         _check_names(job.partial)
         result.logits = _compare_if_it_fits(job, result.bytes)
         write_json(job.partial / MARK, {"checkpoint": str(job.iteration), "checks": str(result).splitlines()})
@@ -144,7 +145,7 @@ def _directory(job: _Job) -> Iterator[None]:
         raise UserError(f"{job.path} is being written by another process: wait for it or end it") from None
     try:
         for left in job.partial.iterdir():
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
         if job.path.exists():
             job.path.rename(old)
@@ -181,14 +182,16 @@ def _write_weights(job: _Job, rank: int, world_size: int) -> Export:
     import torch
     from safetensors.torch import save_file
 
-    skeleton, config, read = _opened(job)
-    groups = skeleton.groups()
+    skeleton, config, reader, adapters = _opened(job)
+    groups, untied = skeleton.groups(), skeleton.tied and not config.tie_word_embeddings
     result = Export(job.path)
     for number, group in list(enumerate(groups, 1))[rank::world_size]:
         name = f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
         with torch.no_grad():
-            weights = read(group.names)
+            weights = reader.read(group.names)
             named = {key: tensor.contiguous() for key, tensor in skeleton.to_hf(group, weights).items()}
+            if untied and EMBEDDING in weights:
+                named[HEAD] = weights[EMBEDDING].clone()
             save_file(named, job.partial / name, metadata={"format": "pt"})
             result.bytes += sum(tensor.nbytes for tensor in named.values())
             result.files |= dict.fromkeys(named, name)
@@ -196,11 +199,14 @@ def _write_weights(job: _Job, rank: int, world_size: int) -> Export:
             skeleton.check_back(group, weights, _read_back(job.partial / name))
     if rank == 0:
         config.save_pretrained(job.partial)
+        if adapters:
+            base = str(job.source or checkpoints.base_of(checkpoints.run_of(job.iteration)))
+            result.told += adapter_files.write(job.partial / "adapter", skeleton, reader, adapters, base)
     return result
 
 
-def _opened(job: _Job) -> tuple[Any, Any, Callable[[list[str]], dict[str, Any]]]:
-    """The model without memory, its transformers config, and what reads its weights: names -> {name: tensor}."""
+def _opened(job: _Job) -> tuple[Skeleton, Any, Any, Any]:
+    """The model without memory, its transformers config, the reader of its weights, and Bridge's adapters or None."""
     run = checkpoints.run_of(job.iteration)
     provider = checkpoints.provider_of(job.iteration)
     translator, config = hf.export_config(job.source, provider)
@@ -212,7 +218,7 @@ def _opened(job: _Job) -> tuple[Any, Any, Callable[[list[str]], dict[str, Any]]]
         theirs = HuggingFaceReader(skeleton, base) if is_hf(str(base)) else CheckpointReader(skeleton.model, base)
         reader = AdaptedReader(skeleton, theirs, reader)
     config.dtype = reader.dtype
-    return skeleton, config, reader.read
+    return skeleton, config, reader, adapters
 
 
 def _read_back(file: Path) -> dict[str, Any]:
@@ -306,6 +312,7 @@ def compare(iteration: Path, directory: Path, data_dir: Path) -> tuple[float, fl
     if not this_machine().on_cpu:
         torch.cuda.empty_cache()
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    exact_scan(theirs, tokens.shape[1])
     with torch.no_grad():
         logits = theirs(tokens).logits.float()
     width = min(ours.shape[-1], logits.shape[-1])  # Megatron's vocabulary may be padded

@@ -91,16 +91,18 @@ def bridge_for(model):
     """An AutoBridge for a model that no Hugging Face directory describes, from its own configuration.
 
     Decoders with RMSNorm, rotary positions, gated feed-forward layers and no biases are Llama to transformers, or
-    Qwen3 where queries and keys are normalised. Raises UserError for any other.
+    Qwen3 where queries and keys are normalised; hybrids such as Nemotron 3 are NemotronH. Raises UserError for any
+    other.
     """
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
+    if getattr(model, "hybrid_layer_pattern", None):
+        return AutoBridge.from_hf_config(_nemotron_h(model))
     plain = (
         model.normalization == "RMSNorm"
         and model.position_embedding_type == "rope"
         and model.gated_linear_unit
         and not (model.add_bias_linear or model.add_qkv_bias or model.num_moe_experts)
-        and not getattr(model, "hybrid_layer_pattern", None)
     )
     if not plain:
         raise UserError("transformers has no architecture for this model: name one with model.hf")
@@ -111,6 +113,29 @@ def bridge_for(model):
         from megatron.bridge.models.llama.llama_bridge import LlamaBridge as Family
         from transformers import LlamaConfig as Config
     return AutoBridge.from_hf_config(Config(**Family.megatron_to_hf_config(model)))
+
+
+def _nemotron_h(model):
+    """The NemotronHConfig of a hybrid. Raises UserError for one that computes something else than NemotronH does."""
+    from megatron.bridge.models.nemotronh.nemotron_h_bridge import NemotronHBridge
+    from megatron.core.activations import squared_relu
+    from transformers import NemotronHConfig
+
+    if (
+        model.activation_func is not squared_relu
+        or model.position_embedding_type != "none"
+        or (model.num_moe_experts and model.moe_router_score_function != "sigmoid")
+        or model.gated_linear_unit
+        or model.add_bias_linear
+        or model.add_qkv_bias
+        or model.qk_layernorm
+    ):
+        raise UserError("transformers has no architecture for this hybrid: name one with model.hf")
+    described = NemotronHBridge.megatron_to_hf_config(model)
+    described.pop("auto_map")  # transformers has the classes itself
+    # Without mamba-ssm transformers is right within one chunk only, and raises small steps (compat.transformers).
+    described |= {"chunk_size": max(256, described["chunk_size"]), "time_step_min": 1e-9}
+    return NemotronHConfig(**described)
 
 
 def weight_files(directory: Path | str) -> dict[str, Path]:
@@ -147,16 +172,22 @@ def export_config(source: str | None, provider):
 
     source: the directory or hub id that describes the architecture; None: the model's own settings say it.
     provider: Bridge's model provider as it was trained, which has the last word on every size: a model made smaller
-    than `source` by keys of `model` is exported as what it is. dtype: that of the weights. Raises UserError.
+    than `source` by keys of `model` is exported as what it is. Raises UserError.
     """
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     found = AutoBridge.from_hf_config(load_config(source)) if source else bridge_for(provider)
     translator, config = translation(found), found.hf_pretrained
     trained = translator.megatron_to_hf_config(provider)
     for name in SIZES:
-        if trained.get(name) is not None and getattr(config, name, trained[name]) != trained[name]:
+        fixed = isinstance(getattr(type(config), name, None), property)
+        if trained.get(name) is not None and getattr(config, name, trained[name]) != trained[name] and not fixed:
             setattr(config, name, trained[name])
+    if pattern := trained.get("hybrid_override_pattern"):
+        config.layers_block_type = type(config)(hybrid_override_pattern=pattern).layers_block_type
+    if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_tied_weights_keys", None):
+        config.tie_word_embeddings = False  # NemotronH is never tied in transformers: the head becomes a copy
     for name in ("auto_map", "quantization_config"):  # code of the hub's, and a number format, that are not exported
         if hasattr(config, name):
             delattr(config, name)

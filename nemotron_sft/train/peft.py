@@ -92,6 +92,7 @@ def layer_names(model) -> list[str]:
 
 
 LATENT = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
+BEYOND_DORA = (".router", "_latent_proj", ".in_proj")  # Bridge's DoRA has no place there, or does not save
 SHARED = ("shared_experts.linear_fc1", "shared_experts.linear_fc2")
 
 
@@ -106,8 +107,9 @@ def _of_experts(model) -> list[str]:
 def settle(adapters, model) -> None:
     """Check the settings of Bridge's adapters against the model, and fill in the layers if none are named.
 
-    Then all linear layers are adapted: attention's, feed-forward, experts' (not by DoRA, which Bridge cannot put there)
-    and Mamba's. Raises UserError for what cannot be trained or names no layer.
+    Then all linear layers are adapted: attention's, feed-forward, experts' and Mamba's. (DoRA leaves out routed experts
+    and Mamba's in_proj, where Bridge cannot put it, or not save it.) Raises UserError for what cannot be trained or
+    names no layer.
     """
     name = type(adapters).__name__
     if not (isinstance(adapters.dim, int) and adapters.dim > 0 and adapters.alpha > 0 and 0 <= adapters.dropout < 1):
@@ -122,9 +124,9 @@ def settle(adapters, model) -> None:
     if adapters.exclude_modules:
         raise UserError("peft.exclude_modules is not supported: name what to train in peft.target_modules")
     layers = layer_names(model)
-    experts = [layer for layer in layers if ".experts." in layer or layer.endswith((".router", "_latent_proj"))]
+    beyond = [layer for layer in layers if ".experts." in layer or layer.endswith(BEYOND_DORA)]
     if adapters.target_modules is None:
-        adapters.target_modules = _every_linear_layer(layers, experts, name)
+        adapters.target_modules = _every_linear_layer(layers, beyond, name)
     targets = adapters.target_modules
     if not (targets and isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
         raise UserError(f"peft.target_modules={targets}: give a list of layers, or null for all of them")
@@ -132,18 +134,21 @@ def settle(adapters, model) -> None:
         found = matched(target, layers)
         if not found:
             raise _no_such_layer(target, layers)
-        if name == "DoRA" and set(found) & set(experts):
+        if name == "DoRA" and set(found) & set(beyond):
             raise UserError(
                 f"peft.target_modules: DoRA cannot adapt {found[0].rpartition('layers.')[2].partition('.')[2]}, which "
-                f"{target} names: use LoRA for experts, or name others, such as *.shared_experts.linear_fc1"
+                f"{target} names: use LoRA for it, or name others, such as *.shared_experts.linear_fc1"
             )
 
 
-def _every_linear_layer(layers: list[str], experts: list[str], name: str) -> list[str]:
+def _every_linear_layer(layers: list[str], beyond: list[str], name: str) -> list[str]:
     """What target_modules=null means."""
     names = ("linear_qkv", *LATENT, "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
-    if name == "DoRA" and experts:
-        names = (*names[:-2], *(f"*.{shared}" for shared in SHARED))
+    if name == "DoRA":
+        shared = tuple(f"*.{each}" for each in SHARED)
+        names = tuple(each for each in (*names, *shared) if not set(matched(each, layers)) & set(beyond))
+        if "linear_fc1" in names:
+            names = tuple(each for each in names if each not in shared)
     return [target for target in names if matched(target, layers)]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nemotron_sft.train.compat.conversion import SAVED_AS
 from nemotron_sft.train.peft import Adapter
 
 EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "lm_head.weight"  # in transformers
 GROUP = 1 << 29  # numbers that are read, translated, written and compared at a time: 1 GiB in bf16, 2 GiB in fp32
 
 
@@ -78,6 +80,7 @@ class Skeleton:
             )
             if adapters is not None:
                 adapters([self.model], training=False)
+        self.tied = self.model.share_embeddings_and_output_weights
         self.bridge = bridge
         self.tasks = [task for task in bridge.build_conversion_tasks(config, [self.model]) if task is not None]
         self.wrappers = {
@@ -88,10 +91,9 @@ class Skeleton:
         self._check_all_are_named()
 
     def _check_all_are_named(self) -> None:
-        tied = self.model.share_embeddings_and_output_weights
         named = {task.param_name for task in self.tasks if task.megatron_module is not None}
         for name, _ in self.model.named_parameters():
-            if name in named or ".adapter." in name or (tied and "output_layer" in name):
+            if name in named or ".adapter." in name or (self.tied and "output_layer" in name):
                 continue
             raise UserError(f"the weight {name} has no name in transformers: this model cannot be exported")
 
@@ -152,20 +154,19 @@ def from_hf(task, named: dict[str, Any]):
 
 @contextlib.contextmanager
 def _filled(task, weight) -> Iterator[Any]:
-    """Put a real weight into the skeleton while Bridge works on it: some mappings look at the module's own."""
+    """Put a real weight into the skeleton's module while Bridge works on it: some mappings ask where weights are."""
     import torch
 
-    module, name = task.megatron_module, task.param_name.rpartition(".")[2]
-    table = next((t for t in (module._parameters, module._buffers) if name in t), {})
-    empty = table.get(name)
-    real = torch.nn.Parameter(weight, requires_grad=False) if isinstance(empty, torch.nn.Parameter) else weight
-    if empty is not None:
-        table[name] = real
+    tables = (task.megatron_module._parameters, task.megatron_module._buffers)
+    empty = [dict(table) for table in tables]
+    real = torch.nn.Parameter(weight, requires_grad=False)
+    for table in tables:
+        table.update((name, real) for name, value in table.items() if value is not None)
     try:
         yield weight
     finally:
-        if empty is not None:
-            table[name] = empty
+        for table, before in zip(tables, empty, strict=True):
+            table.update(before)
 
 
 def _same(one, other) -> bool:
@@ -204,13 +205,20 @@ class CheckpointReader:
 
     def dtype_of(self, name: str):
         """That of one parameter in the checkpoint. Raises UserError for one that it does not hold."""
-        if name not in self:
+        found = {self._dtypes.get(key) for key in self._keys(name)}
+        if None in found:
             raise UserError(f"{self.directory} holds no weight {name}: it is a checkpoint of another model")
-        return self._dtypes[self._entries[name].key]
+        return found.pop()
 
-    def __contains__(self, name: str) -> bool:
+    def _keys(self, name: str) -> list[str]:
+        """The names under which a parameter lies in the checkpoint: some are kept in parts, such as Mamba's in_proj."""
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
         entry = self._entries.get(name)
-        return entry is not None and entry.key in self._dtypes
+        if isinstance(entry, ShardedTensorFactory):
+            return [part.key for part in nested_values(entry.build())]
+        return [entry.key] if entry is not None else [name]
 
     def read(self, names: list[str]) -> dict[str, Any]:
         """{name: tensor} of these parameters. Raises UserError for one that the checkpoint does not hold."""
@@ -249,23 +257,36 @@ class AdaptedReader:
         """{name: tensor} of these parameters, adapters merged."""
         import torch
 
-        layers = {name: layer for name in names if (layer := name.rpartition(".")[0]) in self._wrappers}
-        parts = self._own.read([part for layer in dict.fromkeys(layers.values()) for part in self._parts(layer)])
         weights = self._base.read(names)
         for name, weight in weights.items():
             if weight.is_floating_point():
                 weights[name] = weight.to(torch.promote_types(weight.dtype, self._least))
-            if name in layers:
+            if layer := self._layer(name):
                 expert = name.rpartition(".weight")[2]  # of grouped experts: weight0, weight1, ...
-                adapter = self._adapter(layers[name], parts)
+                adapter = self._adapter(layer)
                 weights[name] = adapter.merged(weights[name], int(expert) if expert else None)
         return weights
+
+    def adapter_of(self, name: str) -> Adapter | None:
+        """That of one weight, None where it has none."""
+        layer = self._layer(name)
+        return self._adapter(layer) if layer else None
+
+    @functools.cached_property
+    def _all(self) -> dict[str, Any]:
+        """All adapters: they are small, and core reads layers or experts that share a name only together."""
+        return self._own.read([part for layer in self._wrappers for part in self._parts(layer)])
+
+    def _layer(self, name: str) -> str:
+        """The adapted layer that a parameter belongs to, or nothing."""
+        layer, _, kind = name.rpartition(".")
+        return layer if layer in self._wrappers and kind.startswith("weight") else ""
 
     def _parts(self, layer: str) -> list[str]:
         return [f"{layer}.adapter.{name}" for name, _ in self._wrappers[layer].adapter.named_parameters()]
 
-    def _adapter(self, layer: str, parts: dict[str, Any]) -> Adapter:
-        settings, prefix = self._wrappers[layer].adapter, f"{layer}.adapter"
+    def _adapter(self, layer: str) -> Adapter:
+        settings, prefix, parts = self._wrappers[layer].adapter, f"{layer}.adapter", self._all
         first, second = parts[f"{prefix}.linear_in.weight"], parts[f"{prefix}.linear_out.weight"]
         return Adapter(first, second, parts.get(f"{prefix}.weight_magnitude"), settings.alpha / settings.dim)
 

@@ -1,11 +1,14 @@
 """Weights from and to Hugging Face directories and Megatron checkpoints, whole or with LoRA, on the CPU."""
 
+import functools
+
 import pytest
 from conftest import losses, recipe
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import checkpoints, export
 from nemotron_sft.train.checkpoints import newest_iteration
+from nemotron_sft.train.compat.conversion import SAVED_AS
 from nemotron_sft.train.weights import Skeleton
 
 SHORT = ["train.global_batch_size=4", "scheduler.lr_warmup_iters=1", "validation.eval_interval=0"]
@@ -53,16 +56,30 @@ def test_starting_points(tmp_path, monkeypatch):
 def hf_models(tmp_path_factory):
     """Random small models as transformers saves them: norms away from one, so that a mix-up of norms shows."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+        NemotronHConfig,
+        NemotronHForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     shape = dict(
         vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
     )  # fmt: skip
+    nemotron = dict(  # Mamba, attention, experts
+        hybrid_override_pattern="M*ME", mamba_num_heads=4, mamba_head_dim=16, n_groups=2, ssm_state_size=16,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=96,
+        n_group=1, topk_group=1, num_nextn_predict_layers=0, chunk_size=64,
+    )  # fmt: skip
     torch.manual_seed(0)
     models = {
         "llama": LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)),
         "qwen3": Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True)),
+        "nemotron_h": NemotronHForCausalLM(NemotronHConfig(**shape | nemotron, tie_word_embeddings=False)),
     }
     tokenizer = AutoTokenizer.from_pretrained("data/tiny/tokenizer")
     root = tmp_path_factory.mktemp("hf")
@@ -85,43 +102,71 @@ def train(data, run_dir, *overrides):
 def weights(directory):
     from safetensors.torch import load_file
 
-    return load_file(directory / "model.safetensors")
+    found = load_file(directory / "model.safetensors")
+    return {SAVED_AS.get(key, key): weight for key, weight in found.items()}
 
 
 @pytest.fixture(scope="module")
-def converted(hf_models, tiny_data, tmp_path_factory):
-    """Llama, converted and exported without a step of training."""
-    run_dir = tmp_path_factory.mktemp("converted") / "llama"
-    shown = train(tiny_data, run_dir, f"model.hf={hf_models}/llama", "train.train_iters=0", "export.hf=true")
-    return run_dir, shown
+def convert(hf_models, tiny_data, tmp_path_factory):
+    """A function of a family: its model, converted and exported without a step of training."""
+    root = tmp_path_factory.mktemp("converted")
+
+    @functools.cache
+    def converted(family):
+        options = [f"model.hf={hf_models}/{family}", "train.train_iters=0", "export.hf=true"]
+        return root / family, train(tiny_data, root / family, *options)
+
+    return converted
 
 
 @pytest.fixture(scope="module")
-def trained(hf_models, tiny_data, tmp_path_factory):
-    """Qwen3 after some training, exported."""
-    run_dir = tmp_path_factory.mktemp("trained") / "qwen3"
-    options = ["train.train_iters=60", "optimizer.lr=1e-2", "export.hf=true"]
-    return run_dir, train(tiny_data, run_dir, f"model.hf={hf_models}/qwen3", *options)
+def train_some(hf_models, tiny_data, tmp_path_factory):
+    """The same after some training."""
+    root = tmp_path_factory.mktemp("trained")
+    steps = {"qwen3": 60, "nemotron_h": 20}
+
+    @functools.cache
+    def trained(family):
+        options = [f"train.train_iters={steps[family]}", "optimizer.lr=1e-2", "export.hf=true"]
+        train(tiny_data, root / family, f"model.hf={hf_models}/{family}", *options)
+        return root / family
+
+    return trained
+
+
+@pytest.fixture
+def trained(train_some):
+    return train_some("qwen3")
+
+
+@pytest.fixture
+def converted(convert):
+    return convert("llama")
 
 
 @pytest.mark.slow
-def test_no_steps_leave_the_weights_as_they_were(hf_models, converted):
-    run_dir, shown = converted
-    before, after = weights(hf_models / "llama"), weights(run_dir / "hf")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "nemotron_h"])
+def test_no_steps_leave_the_weights_as_they_were(family, hf_models, convert):
+    run_dir, shown = convert(family)
+    before, after = weights(hf_models / family), weights(run_dir / "hf")
     assert before.keys() == after.keys()
     assert all((before[key] == after[key]).all() for key in before)
     assert "largest difference of a logit" in shown
 
 
 @pytest.mark.slow
-def test_the_export_answers_as_the_trained_model_does(hf_models, trained, bridge):
+@pytest.mark.parametrize("family", ["qwen3", "nemotron_h"])
+def test_the_export_answers_as_the_trained_model_does(family, hf_models, train_some, bridge):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run_dir, _ = trained
-    before, after = weights(hf_models / "qwen3"), weights(run_dir / "hf")
+    from nemotron_sft.train.compat.transformers import exact_scan
+
+    run_dir = train_some(family)
+    before, after = weights(hf_models / family), weights(run_dir / "hf")
     assert before.keys() == after.keys() and any((before[key] != after[key]).any() for key in before)
     theirs = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32).eval()
+    exact_scan(theirs, 64)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
@@ -173,7 +218,7 @@ def test_an_export_that_differs_leaves_no_directory(
     if not look_back:
         monkeypatch.setattr(Skeleton, "check_back", lambda *_: 0)
     with pytest.raises(UserError, match=f"not exported: {message}") as refused:
-        export.export(trained[0], tmp_path / "out")
+        export.export(trained, tmp_path / "out")
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
@@ -206,13 +251,49 @@ def test_lora_trains_adapters_alone_and_exports_them_merged(hf_models, converted
     stored = FileSystemReader(run_dir / "checkpoints" / "iter_0000008").read_metadata().state_dict_metadata
     tensors = [key for key in stored if key.endswith("weight")]
     assert tensors and all(".adapter." in key for key in tensors)
+    assert_peft_and_merged_weights_agree_with_megatron(run_dir, hf_models / "llama")
+
+
+def assert_peft_and_merged_weights_agree_with_megatron(run_dir, base):
+    """Logits of 200 tokens: adapters in Megatron, merged in the export, and those of the export's adapter/ by peft."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from nemotron_sft.train.compat.transformers import exact_scan
+
+    def loaded(directory):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        exact_scan(model, 200)
+        return model
+
+    tokens = torch.randint(5, 2048, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        with checkpoints.trained_model(newest_iteration(run_dir / "checkpoints")) as model:
+            expected = model(tokens, torch.arange(200)[None], None)
+        frozen, merged = loaded(base), loaded(run_dir / "hf")
+        before, after = frozen(tokens).logits, merged(tokens).logits
+        by_peft = PeftModel.from_pretrained(frozen, run_dir / "hf" / "adapter", torch_device="cpu")(tokens).logits
+    scale = float(expected.abs().max())
+    assert (before - expected).abs().max() > 1e-2 * scale
+    assert torch.allclose(after, expected, atol=1e-4 * scale) and torch.allclose(by_peft, expected, atol=1e-4 * scale)
+
+
+@pytest.mark.slow
+def test_dora_of_a_hybrid_is_the_same_merged_and_in_peft(hf_models, tiny_data, tmp_path, bridge):
+    """On attention and shared experts; DoRA has the magnitudes beside LoRA's two matrices."""
+    layers = "peft.target_modules=[linear_qkv,linear_proj,*.shared_experts.*]"
+    options = ["peft=dora", layers, "peft.dim=4", "train.train_iters=6", "optimizer.lr=1e-2", "export.hf=true"]
+    base = hf_models / "nemotron_h"
+    train(tiny_data, tmp_path / "run", f"model.hf={base}", f"init_from={base}", *options)
+    assert_peft_and_merged_weights_agree_with_megatron(tmp_path / "run", base)
 
 
 @pytest.mark.slow
 def test_export_of_a_run_by_command(trained, tmp_path):
-    done = recipe("export", trained[0], "--out", tmp_path / "out")
+    done = recipe("export", trained, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    first, second = weights(trained[0] / "hf"), weights(tmp_path / "out")
+    first, second = weights(trained / "hf"), weights(tmp_path / "out")
     assert all((first[key] == second[key]).all() for key in first)
     refused = recipe("export", tmp_path)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "no config.yaml" in refused.stderr

@@ -31,6 +31,11 @@ def settled(model, scheme="lora", **settings):
         (DENSE, "lora", ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]),
         (DENSE, "dora", ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]),
         (HYBRID, "lora", ["linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"]),
+        (
+            HYBRID,
+            "dora",
+            ["linear_qkv", "linear_proj", "out_proj", "*.shared_experts.linear_fc1", "*.shared_experts.linear_fc2"],
+        ),
         (EXPERTS, "dora", ["linear_qkv", "linear_proj", "*.shared_experts.linear_fc1", "*.shared_experts.linear_fc2"]),
     ],
 )
@@ -72,6 +77,12 @@ def test_names_and_patterns_that_are_there(bridge, model, targets):
         (DENSE, "lora", {"target_modules": [1]}, "give a list of layers"),
         (DENSE, "lora", {"exclude_modules": ["linear_qkv"]}, "exclude_modules is not supported"),
         (EXPERTS, "dora", {"target_modules": ["linear_qkv", "linear_fc1"]}, "DoRA cannot adapt mlp.experts.linear_fc1"),
+        (
+            HYBRID,
+            "dora",
+            {"target_modules": ["linear_qkv", "in_proj"]},
+            "DoRA cannot adapt mixer.in_proj, which in_proj",
+        ),
         (HYBRID, "dora", {"target_modules": ["router"]}, "DoRA cannot adapt mlp.router"),
         (DENSE, "lora", {"dim": 0}, "dim must be a whole number above 0"),
         (DENSE, "lora", {"alpha": 0}, "alpha above 0"),

@@ -9,6 +9,7 @@
     optimizer.py  gradients scaled once; a resumed run at another learning rate
     bridge.py     Bridge on either: where it finds configs, what it builds, what an adapter checkpoint holds
     conversion.py Hugging Face weights into a model: all of them, or none
+    transformers.py what transformers computes on the CPU
     submitit.py   the sbatch script
 
 To add a patch, write a function whose docstring says why it is needed, and register the names it replaces:
