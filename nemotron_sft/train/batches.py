@@ -19,6 +19,7 @@ import numpy as np
 
 from nemotron_sft.data.packed import open_packs
 from nemotron_sft.errors import UserError
+from nemotron_sft.train.balance import Dealing, deal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,8 @@ class PackedDataset:
     Index i is pack `permutation(seed, i // packs)[i % packs]`. With `once_in`, the split is read in order
     and each run of `once_in` samples holds every pack once, then only padding (for validation).
     context_parallel, tensor_parallel: how many ranks share a row; weighting: what tokens count; mtp_depth: see
-    `collate`.
+    `collate`. dealing: with it the packs of a step change places, so that every data-parallel rank has as much
+    attention to compute; the packs of each step stay the same.
     """
 
     def __init__(
@@ -77,11 +79,14 @@ class PackedDataset:
         tensor_parallel: int = 1,
         weighting: Weighting = PLAIN,
         mtp_depth: int = 0,
+        dealing: Dealing | None = None,
     ):
         packs = open_packs(path)
         self.count, self.length, self.seed, self.once_in = len(packs), length, seed, once_in
         self.context_parallel, self.tensor_parallel = context_parallel, tensor_parallel
         self.weighting, self.mtp_depth = weighting, mtp_depth
+        self.dealing = dealing if dealing and dealing.ranks > 1 and not once_in else None
+        self._dealt: tuple[int, np.ndarray] | None = None  # number of a step, and its packs in order
         # Read, not mapped: pages that were touched would count as this process's memory.
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- for as long as there is a dataset
         self.offset, self.bytes = packs.offset, packs.dtype.itemsize
@@ -95,8 +100,24 @@ class PackedDataset:
         if self.once_in:
             position = index % self.once_in
             return position if position < self.count else None
+        if not self.dealing:
+            return self._in_turn(index)
+        step, place = divmod(index, self.dealing.global_batch)
+        if not self._dealt or self._dealt[0] != step:
+            first = step * self.dealing.global_batch
+            packs = np.array([self._in_turn(i) for i in range(first, first + self.dealing.global_batch)])
+            self._dealt = step, packs[deal(np.array([self._squares(pack) for pack in packs]), self.dealing)]
+        return int(self._dealt[1][place])
+
+    def _in_turn(self, index: int) -> int:
         epoch, position = divmod(index, self.count)
         return int(_permutation(self.count, self.seed, epoch)[position])
+
+    def _squares(self, number: int) -> float:
+        """Sum of the squared lengths of a pack's sequences, which causal attention grows with."""
+        kind, place = self.dtype.fields["cu_seqlens"][:2]
+        raw = os.pread(self.file.fileno(), kind.itemsize, self.offset + number * self.bytes + place)
+        return float((np.diff(np.frombuffer(raw, "<i4").astype(float)) ** 2).sum())
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.__getitems__([index])
@@ -310,13 +331,14 @@ def packed_dataset_provider(
     weighting: Weighting = PLAIN,
     sources: int = 0,
     mtp_depth: int = 0,
+    dealing: Dealing | None = None,
     **loader,
 ):
     """Bridge's DatasetProvider over a prep output.
 
     packs: number of packs by split; evaluated: samples per validation; ranks: context and tensor parallel sizes;
     weighting: what tokens count in the loss; sources: the number of datasets in the packs, 0 if they don't say;
-    mtp_depth: how many tokens further the model predicts;
+    mtp_depth: how many tokens further the model predicts; dealing: how a step's packs go to data-parallel ranks;
     loader: fields of Bridge's DataloaderConfig.
     (A function, because Bridge's base class is expensive to import.)
     """
@@ -338,7 +360,9 @@ def packed_dataset_provider(
                 "test": (endless, evaluated),
             }
             return tuple(
-                PackedDataset(Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks, weighting, mtp_depth)
+                PackedDataset(
+                    Path(self.path, f"{name}.npy"), length, self.seed, once_in, *ranks, weighting, mtp_depth, dealing
+                )
                 if packs[name]
                 else None
                 for name, (length, once_in) in split.items()

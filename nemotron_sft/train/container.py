@@ -9,6 +9,7 @@ from pathlib import Path
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import estimate, hf, peft, tuning, values
+from nemotron_sft.train.balance import Dealing
 from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.start import Machine
@@ -180,6 +181,9 @@ def _dataset(container, config: TrainConfig, metadata: dict | None, data_dir: Pa
         seed=config.seed,
         ranks=(model.context_parallel_size, model.tensor_model_parallel_size),
         mtp_depth=model.mtp_num_layers or 0,
+        dealing=Dealing(
+            container.train.global_batch_size, replicas(model, machine.world_size), container.train.micro_batch_size
+        ),
         weighting=weighting(metadata, config.train.loss_per) if metadata else PLAIN,
         sources=len(dataset_names(metadata)) if metadata else 0,
         # On a GPU a process of its own makes the next rows, and a thread pins them, while the step runs.
