@@ -249,7 +249,7 @@ def test_a_real_server_has_the_whole_chain(request, tmp_path):
 
 def test_wandb_is_not_imported_beside_bridge_setting_up(tmp_path):
     """Bridge walks through the dictionary of loggers; a thread that imports wandb meanwhile would add to it."""
-    settings = Tracking("offline", "p", None, None, None, [], None, 20, 1, True)
+    settings = Tracking("offline", "p", None, None, None, [], None, 300, 1, True)
     record = {"stage": "train", "inputs": [], "tracking": None, "config": {"values": {}, "digest": "d"}}
     tracker = Tracker(settings, record, tmp_path, [], print)
     tracker.log({"loss": 1.0}, 1)  # kept until the run is open
