@@ -1,7 +1,7 @@
 """Prompts with checkable answers, asked before, during and after training: scores, and heldout.json with the answers.
 
     {"version": 2, "files": {NAME: {"path", "prompts", "chance"}},
-     "asked": [{"step", "scores": {NAME: share of right answers}, "answers": [...]}],
+     "asked": [{"step", "scores": {NAME: share of right answers}, "answers": [...], "right": [...]}],
      "prompts": [{"file", "question", "answer", "score"}]}
 
 "asked" holds the first and the newest time; the scores of all times are in metrics.jsonl, as score/NAME.
@@ -77,8 +77,9 @@ class Heldout:
         sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
         tokens = generate(context.model, prompts.ids, prompts.budget, prompts.eos_id, sampling, settings.batch_size)
         answers = [prompts.answer(each) for each in tokens]
-        scores = prompts.scores(answers)
-        self.asked = [*self.asked[:1], {"step": step, "scores": scores, "answers": answers}]
+        right = prompts.right(answers)
+        scores = prompts.scores(right)
+        self.asked = [*self.asked[:1], {"step": step, "scores": scores, "answers": answers, "right": right}]
         self.progress.scored(context.state, step, scores, self.table())
         if self.rank == 0:
             write_json(self.file, {"version": VERSION, "files": prompts.about(), "asked": self.asked,

@@ -34,9 +34,12 @@ class Prompts:
     eos_id: int
     thinking: bool  # whether the answers begin with reasoning
 
-    def scores(self, answers: list[str]) -> dict[str, float]:
+    def right(self, answers: list[str]) -> list[bool]:
+        """Whether each answer is right."""
+        return [scorers.score(answer, record) for answer, record in zip(answers, self.records, strict=True)]
+
+    def scores(self, right: list[bool]) -> dict[str, float]:
         """The share of right answers in each file."""
-        right = [scorers.score(answer, record) for answer, record in zip(answers, self.records, strict=True)]
         return {name: sum(right[i] for i in rows) / len(rows) for name, rows in self.files.items()}
 
     def chance(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is left of a run for people: the closing table and the loss curve."""
+"""What a run prints when it ends: the closing table."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 from nemotron_sft.console import visible
+from nemotron_sft.train import page
 from nemotron_sft.train.evaluation import Heldout, first_and_last
-from nemotron_sft.train.progress import read_metrics
 
 
 def summarise(progress, scores: Heldout, run_dir: Path, imported: float, terminal) -> None:
-    """Print the closing table and three held-out answers, and draw loss.png."""
+    """Print the closing table and three held-out answers, and name the page."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -47,25 +47,4 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
         for cells in rows[:: max(1, len(rows) // max(1, scores.settings.samples))][: scores.settings.samples]:
             examples.add_row(*(Text(visible(cell[:200])) for cell in cells))
         out.print(examples)
-    draw(run_dir)
-
-
-def draw(run_dir: Path) -> None:
-    """loss.png from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=run_dir.name)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / "loss.png", dpi=150)
-    pyplot.close(figure)
+    print(f"report {run_dir / page.NAME}", file=terminal, flush=True)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TextIO
 from omegaconf import DictConfig, OmegaConf
 
 from nemotron_sft.config import TrainConfig
+from nemotron_sft.console import say
 from nemotron_sft.data.packed import check_data, find_data
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import AtomicFile
@@ -27,6 +28,7 @@ from nemotron_sft.train.compat.cpu import adapt
 from nemotron_sft.train.compat.optimizer import resume_at_another_rate, scale_gradients_once
 from nemotron_sft.train.container import build, resume_from
 from nemotron_sft.train.evaluation import Heldout
+from nemotron_sft.train.page import Page
 from nemotron_sft.train.plan import plan
 from nemotron_sft.train.progress import Progress
 from nemotron_sft.train.prompts import Prompts, load_prompts
@@ -75,7 +77,7 @@ def train(
 
     <run_dir>/
         config.yaml      the resolved config       command.txt   what was typed
-        metrics.jsonl    a line per logged step    loss.png      training and validation loss
+        metrics.jsonl    a line per logged step    report.html   all of it, for a browser
         heldout.json     answers before and after  checkpoints/  Megatron checkpoints
         megatron.yaml    Bridge's full config      logs/         Megatron's own output, one file per rank
         lineage.json     where all of it is from   wandb/        Weights & Biases' own files
@@ -206,7 +208,9 @@ def fit(
         observer.register(callbacks)
     loop = pretrain if config.init_from == "random" and not config.checkpoint.load else finetune
     record = tracked.Training(config, run.composed, run.metadata, run.data_dir, run.directory, rank, terminal)
-    with record as progress.tracked, saving_on_sigterm(container, run.directory, rank, terminal):
+    page = Page(run.directory, rank, lambda line: say(line, terminal))
+    page.register(callbacks)
+    with page, record as progress.tracked, saving_on_sigterm(container, run.directory, rank, terminal):
         record.register(callbacks)
         loop(container, forward_step, callbacks=callbacks)
     if torch.distributed.is_initialized():

@@ -55,7 +55,7 @@ def smoke(out: Path) -> None:
     lines = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     expect(len(losses) == 20 and losses[-1] < losses[0] - 0.5, f"losses {losses}")
-    for name in ("config.yaml", "loss.png", "logs/rank1.log", "checkpoints/iter_0000020"):
+    for name in ("config.yaml", "report.html", "logs/rank1.log", "checkpoints/iter_0000020"):
         expect((out / "run" / name).exists(), f"{name} is missing in the run directory")
 
     run("train", f"data={out}/nothing", *SMALL, tasks, folder, status=2)

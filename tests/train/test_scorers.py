@@ -121,4 +121,4 @@ def test_files_keep_their_names_and_scores(tmp_path, tiny_data):
         lines = [json.dumps({"messages": USER, "answer": answer}) for answer in answers]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     found = load({name: str(tmp_path / f"{name}.jsonl") for name in "ab"}, tiny_data)
-    assert found.scores(["x", "wrong", "z"]) == {"a": 0.5, "b": 1.0}
+    assert found.scores(found.right(["x", "wrong", "z"])) == {"a": 0.5, "b": 1.0}

@@ -31,7 +31,7 @@ def straight(tiny_data, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(straight):
     run_dir, shown = straight
-    for name in ("config.yaml", "command.txt", "metrics.jsonl", "loss.png", "megatron.yaml", "logs/rank0.log"):
+    for name in ("config.yaml", "command.txt", "metrics.jsonl", "report.html", "megatron.yaml", "logs/rank0.log"):
         assert (run_dir / name).stat().st_size > 0, name
     assert (run_dir / "checkpoints" / "iter_0000040").is_dir()
     assert sorted(losses(run_dir)) == list(range(1, 41))
@@ -55,10 +55,10 @@ def test_a_finished_run_finishes_what_is_missing_and_goes_on_if_asked(tiny_data,
     shutil.copytree(straight[0], tmp_path / "run")
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run/metrics.jsonl").write_text("".join(line for line in lines if "test_loss" not in line) + '{"ste')
-    for name in ("loss.png", "lineage.json"):
+    for name in ("report.html", "lineage.json"):
         (tmp_path / "run" / name).unlink()
     shown = train(tiny_data, tmp_path / "run", "train.train_iters=40", "validation.eval_interval=20", "export.hf=true")
-    assert "training loss" in shown.stdout and (tmp_path / "run/loss.png").exists()
+    assert "training loss" in shown.stdout and (tmp_path / "run/report.html").exists()
     assert (tmp_path / "run/hf/config.json").exists()
     for key in ("loss", "validation_loss", "test_loss"):
         assert losses(tmp_path / "run", key) == losses(straight[0], key)
