@@ -21,7 +21,7 @@ from typing import Any
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import hf
-from nemotron_sft.train.compat.bridge import model_state
+from nemotron_sft.train.compat.bridge import model_state, some_shards
 from nemotron_sft.train.compat.conversion import SAVED_AS
 from nemotron_sft.train.peft import Adapter
 
@@ -225,9 +225,10 @@ class CheckpointReader:
         from megatron.core import dist_checkpointing
 
         wanted = {name: self._with_memory(name) for name in names}
-        loaded = dist_checkpointing.load(
-            wanted, self.directory, self._strategy, validate_access_integrity=False, strict="assume_ok_unexpected"
-        )
+        with some_shards():
+            loaded = dist_checkpointing.load(
+                wanted, self.directory, self._strategy, validate_access_integrity=False, strict="assume_ok_unexpected"
+            )
         return {name: loaded[name] for name in names}
 
     def _with_memory(self, name: str):

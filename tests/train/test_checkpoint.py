@@ -7,6 +7,7 @@ from conftest import losses, recipe
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import checkpoints, export
+from nemotron_sft.train import weights as translated
 from nemotron_sft.train.checkpoints import newest_iteration
 from nemotron_sft.train.compat.conversion import SAVED_AS
 from nemotron_sft.train.weights import Skeleton
@@ -152,6 +153,20 @@ def test_no_steps_leave_the_weights_as_they_were(family, hf_models, convert):
     assert before.keys() == after.keys()
     assert all((before[key] == after[key]).all() for key in before)
     assert "largest difference of a logit" in shown
+
+
+@pytest.mark.slow
+def test_many_files_are_written_a_few_experts_at_a_time(hf_models, convert, bridge, tmp_path, monkeypatch):
+    """Large models: experts of a layer share a name in checkpoints, and are of several groups."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(translated, "GROUP", 4000)
+    export.export(convert("nemotron_h")[0], tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 20
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (hf_models / "nemotron_h", tmp_path / "out")
+    )
+    assert before.keys() == after.keys() and all((before[key] == after[key]).all() for key in before)
 
 
 @pytest.mark.slow

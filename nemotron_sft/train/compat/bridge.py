@@ -99,3 +99,46 @@ def model_state(model: Any, metadata: dict | None) -> dict[str, Any]:
 def translation(found: Any) -> Any:
     """The MegatronModelBridge of an AutoBridge: Bridge exports a whole model that is in memory, or nothing."""
     return found._model_bridge
+
+
+@patch(
+    {
+        "megatron.core.dist_checkpointing.strategies.torch:sharded_tensor_to_torch_sharded_tensor": (
+            "(sh_tens, rank, load_legacy_1d_flatten_tensors)"
+        ),
+        "torch.distributed._shard.sharded_tensor.api:ShardedTensor._init_from_local_shards_and_global_metadata": (
+            "(local_shards, sharded_tensor_metadata, process_group, init_rrefs, sharding_spec)"
+        ),
+        "torch.distributed._shard.sharded_tensor.api:_parse_and_validate_remote_device": "(pg, remote_device)",
+    },
+    seen="megatron-core 0.19.2, torch 2.15",
+    until="one process can load some layers or experts of a checkpoint without the others that share their name",
+)
+@contextlib.contextmanager
+def some_shards() -> Iterator[None]:
+    """Core says of shards that nobody asked for that they are the next process's, which in a run of one is this one.
+
+    Torch then misses them. Inside this context they belong to a second process, which need not exist.
+    """
+    import torch.distributed as dist
+    from torch.distributed._shard.sharded_tensor import api
+
+    if dist.get_world_size() > 1:
+        yield
+        return
+    whole, parse = api.ShardedTensor._init_from_local_shards_and_global_metadata, api._parse_and_validate_remote_device
+
+    def make(local_shards, sharded_tensor_metadata, **options):
+        mine = {tuple(shard.metadata.shard_offsets) for shard in local_shards}
+        for each in sharded_tensor_metadata.shards_metadata:
+            if tuple(each.shard_offsets) not in mine:
+                each.placement = dist._remote_device("rank:1/cpu")
+        return whole(local_shards, sharded_tensor_metadata=sharded_tensor_metadata, **options)
+
+    api.ShardedTensor._init_from_local_shards_and_global_metadata = make
+    api._parse_and_validate_remote_device = lambda pg, remote_device: (remote_device.rank(), remote_device.device())
+    try:
+        yield
+    finally:
+        api.ShardedTensor._init_from_local_shards_and_global_metadata = whole
+        api._parse_and_validate_remote_device = parse
