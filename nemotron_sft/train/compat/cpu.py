@@ -96,6 +96,9 @@ def adapt(container) -> None:
     """Turn off in a ConfigContainer what needs a GPU: NCCL, mixed precision, fused kernels, distributed optimizer."""
     import torch
 
+    # From its first call on MKL takes exactly so many threads, and so may add in another order. Called here, a run that
+    # generates answers, which calls it too, has the losses of one that does not.
+    torch.set_num_threads(torch.get_num_threads())
     container.dist.distributed_backend = "gloo"
     container.dist.disable_jit_fuser = True
     container.mixed_precision = container.comm_overlap = None
