@@ -77,12 +77,18 @@ def describe(found: Duplicates, spools: list[Spool], todo: Plan) -> list[dict]:
         for record in repeated[: EXAMPLES - len(mine["examples"])].tolist():
             places = [_place(found, spools, todo.units, which) for which in (record, int(found.earlier[record]))]
             mine["examples"].append(dict(zip(("at", "repeats"), places, strict=True)))
+    shown: dict[reading.File, list[int]] = {}
+    for file, position in (place for mine in about for example in mine["examples"] for place in example.values()):
+        shown.setdefault(file, []).append(position)
+    names = {file: reading.locate_all(file, positions) for file, positions in shown.items()}
+    for mine in about:
+        mine["examples"] = [{key: names[f][p] for key, (f, p) in example.items()} for example in mine["examples"]]
     return about
 
 
-def _place(found: Duplicates, spools: list[Spool], units: tuple[Unit, ...], record: int) -> str:
-    """ "file:line" of a record."""
+def _place(found: Duplicates, spools: list[Spool], units: tuple[Unit, ...], record: int) -> tuple[reading.File, int]:
+    """The file of a record, and its position there."""
     number = int(np.searchsorted(found.bounds, record, side="right")) - 1
     index = spools[number].index()
     entry = index[np.flatnonzero(first_of_record(index))[record - found.bounds[number]]]
-    return reading.locate(units[number].pieces[int(entry["piece"])].file, int(entry["position"]))
+    return units[number].pieces[int(entry["piece"])].file, int(entry["position"])

@@ -78,7 +78,7 @@ class Form:
         system = _value(record, parts, "system")
         if system and not (messages and type(messages[0]) is dict and messages[0].get("role") == "system"):
             messages = [{"role": "system", "content": system}, *messages]
-        if seen is not None:
+        if seen is not None and not _brief(messages):
             more = [m for m in messages if type(m) is dict and len(m) > 2]
             seen.update({key for message in more for key in NOTED & message.keys() if message[key] is not None})
         tools = _value(record, parts, "tools")
@@ -185,10 +185,12 @@ def _openai(record: dict, parts: dict[str, str]) -> list:
     messages = record[field]
     if type(messages) is not list:
         messages = _messages(messages)
-    for message in messages:
-        if type(message) is not dict or len(message) > 2:  # more than role and content
-            return [_openai_message(message) for message in messages]
-    return messages
+    return messages if _brief(messages) else [_openai_message(message) for message in messages]
+
+
+def _brief(messages: list) -> bool:
+    """Whether all messages are objects with no more than role and content."""
+    return set(map(type, messages)) == {dict} and max(map(len, messages)) <= 2
 
 
 def _openai_message(message: Any) -> Any:

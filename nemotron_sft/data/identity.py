@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from itertools import chain
 from typing import Any
 
 import orjson
+import xxhash
 
 
 def conversation_digest(messages: list[Any], tools: list[Any] | None = None) -> int:
@@ -18,11 +19,19 @@ def conversation_digest(messages: list[Any], tools: list[Any] | None = None) -> 
     value = [messages, tools] if tools else [messages]
     try:
         text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-        if b"null" in text:
+        if (tools or not _texts_only(messages)) and b"null" in text:
             text = orjson.dumps(_without_null_keys(value), option=orjson.OPT_SORT_KEYS)
     except TypeError:  # integers beyond 64 bits, lone surrogates
         text = json.dumps(_without_null_keys(value), sort_keys=True).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return xxhash.xxh3_64_intdigest(text)
+
+
+def _texts_only(messages: list[Any]) -> bool:
+    """Whether every message is an object whose values are texts: so are most."""
+    try:
+        return set(map(type, chain.from_iterable(map(dict.values, messages)))) <= {str}
+    except TypeError:  # a message that is no object
+        return False
 
 
 def _without_null_keys(value: Any) -> Any:

@@ -30,7 +30,13 @@ def loads(text: bytes) -> Any:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
         return _patient(text)
-    return value if _LONG not in text.translate(_DIGITS) else _patient(text)
+    return _patient(text) if _long_number(text) else value
+
+
+def _long_number(text: bytes) -> bool:
+    """Whether there are so many digits in a row that they may be an integer beyond 64 bits."""
+    # Of 19 bytes in a row, three are among every sixth: a look at these spares nearly every text the look at all.
+    return b"000" in text[::6].translate(_DIGITS) and _LONG in text.translate(_DIGITS)
 
 
 def loads_text(text: str) -> Any:

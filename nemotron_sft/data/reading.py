@@ -254,11 +254,18 @@ def _rows(piece: Piece, columns: list[str] | None) -> Iterator[tuple[int, object
 
 def locate(file: File, position: int) -> str:
     """ "file:line" of a record, counted from 1 (the row or element for Parquet, Arrow and JSON arrays)."""
+    return locate_all(file, [position])[position]
+
+
+def locate_all(file: File, positions: list[int]) -> dict[int, str]:
+    """`locate` for several records of a file, by position, which reads it once."""
     if file.compression or file.format in COLUMNAR or _is_array(file):
-        return f"{file.label}:{position + 1}"
-    line, left = 1, position
+        return {position: f"{file.label}:{position + 1}" for position in positions}
+    found, line, done = {}, 1, 0
     with opened(file) as handle:
-        while left > 0 and (block := handle.read(min(left, 1 << 22))):
-            line += block.count(b"\n")
-            left -= len(block)
-    return f"{file.label}:{line}"
+        for position in sorted(positions):
+            while done < position and (block := handle.read(min(position - done, 1 << 22))):
+                line += block.count(b"\n")
+                done += len(block)
+            found[position] = f"{file.label}:{line}"
+    return found

@@ -168,11 +168,14 @@ class _Work:
         """
         stats = self.stats
         lengths = np.diff(offsets)
-        trained = np.diff(np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])[offsets])
+        trained = np.zeros(len(lengths), np.int64)
+        filled = np.flatnonzero(lengths)  # reduceat has no sum of nothing
+        if len(filled):
+            trained[filled] = np.add.reduceat(mask, offsets[filled], dtype=np.int64)
         good = trained > 0
         for i in np.flatnonzero(~good):
             self.drop("no trained token", batch.origins[i])
-        signed = np.where(mask, ~ids, ids).astype("<i4", copy=False)
+        signed = (ids ^ -mask.view(np.int8)).astype("<i4", copy=False)  # ~ids where mask is 1
         if not good.all():
             signed = signed[np.repeat(good, lengths)]
         index = np.empty(int(good.sum()), INDEX)

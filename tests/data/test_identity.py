@@ -36,6 +36,8 @@ def test_order_of_keys_and_null_keys_do_not_count(seed, nulls):
     assert conversation_digest(shuffled(CHAT, rng, nulls), shuffled(TOOLS, rng, nulls)) == conversation_digest(
         CHAT, TOOLS
     )
+    texts = [CHAT[0], {"role": "assistant", "content": "null"}]
+    assert conversation_digest(shuffled(texts, rng, nulls)) == conversation_digest(texts)
     assert conversation_digest(CHAT, []) == conversation_digest(CHAT, None) == conversation_digest(CHAT)
 
 
@@ -50,3 +52,8 @@ def test_every_difference_counts(odd):
     found = [conversation_digest(*variant) for variant in variants]
     assert len(set(found)) == len(variants) and all(0 <= digest < 2**64 for digest in found)
     assert found == [conversation_digest(*json.loads(json.dumps(variant))) for variant in variants]
+
+
+def test_the_hash_stays():
+    """It decides splits: another one would move records between training and test."""
+    assert conversation_digest([{"role": "user", "content": "é"}]) == 830688700318833818

@@ -221,3 +221,9 @@ def test_malformed_lines_are_told_with_their_place(tmp_path):
             assert [(reading.locate(file, position).rpartition(":")[2], reason) for position, reason, _ in drops] == [
                 ("2", "not JSON"), ("4", "not an object"), ("5", "not JSON"), ("6", "not an object"), ("8", "not JSON"),
             ]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", range(7))
+def test_long_numbers_are_exact_wherever_they_stand(before):
+    text = b" " * before + b"[18446744073709551616]"
+    assert loads(text) == [2**64]

@@ -56,6 +56,8 @@ def record_weight(record: dict, name: str) -> float:
 
 def trained_messages(messages: list[dict], train_turns: Any = None) -> list[bool]:
     """Per message, whether it may be trained: an answer, and nothing says otherwise. Raises ChatError."""
+    if train_turns is None and max(map(len, messages), default=0) == 2:  # role and content alone, as nearly all
+        return [message["role"] == "assistant" for message in messages]
     allowed = [True] * len(messages) if train_turns is None else _turns(train_turns, messages)
     return [
         allow and _allowed(message, index) and message["role"] == "assistant"

@@ -142,13 +142,18 @@ def clean_messages(messages: Any) -> list[dict]:
     """
     if not isinstance(messages, list) or not messages:
         raise ChatError("no messages")
-    return [
-        message
-        if type(message) is dict and len(message) == 2 and type(message.get("content")) is str  # most are so
+    plain = [
+        type(message) is dict
+        and len(message) == 2
+        and type(message.get("content")) is str
         and message.get("role") in ROLES
-        else _cleaned(_checked(message, index), index)
-        for index, message in enumerate(messages)
-    ]  # fmt: skip
+        for message in messages
+    ]
+    if all(plain):  # most are so
+        return messages
+    return [
+        message if plain[index] else _cleaned(_checked(message, index), index) for index, message in enumerate(messages)
+    ]
 
 
 def _cleaned(message: dict, index: int) -> dict:
@@ -184,6 +189,16 @@ def reasoning_of(message: dict, index: int = 0) -> str:
     if len({value.strip() for value in found}) > 1:
         raise ChatError("bad reasoning", f"message {index} has two different ones")
     return found[0] if found else ""
+
+
+def is_empty(message: dict) -> bool:
+    """Whether an answer has neither an answer (answer_of) nor a tool call."""
+    content = message["content"]
+    if type(content) is str and content:  # mostly no tag begins or ends it: then there is text outside of all tags
+        first, last = content[0], content[-1]
+        if first != "<" and last != ">" and not first.isspace() and not last.isspace():
+            return False
+    return not message.get("tool_calls") and not answer_of(message)
 
 
 def answer_of(message: dict) -> str:

@@ -137,6 +137,8 @@ class Nano3(Template):
         style = self._style(variables)
         system, rest = _opening_block(messages, tools)
         trained = trained[len(messages) - len(rest) :]
+        if not style.note and not self.train_generation_prompt and (spans := _in_brief(system, rest, trained)):
+            return [spans]
         rest = [style.as_given(message) for message in rest]
         last = last_user(rest)
         if (thinks(rest) and not style.keep) or style.note or _forgets(style, rest, last):
@@ -233,6 +235,31 @@ class Lightning35HF(Lightning35):
 
     _notes: ClassVar[dict] = {}
     _jinja_note = "none"
+
+
+def _in_brief(system: str, rest: list[dict], trained: list[bool]) -> list[Span] | None:
+    """The spans of a conversation, None if it has reasoning, tool calls, tools or think tags: most have none.
+
+    The same as Nano3._append gives, in less time.
+    """
+    found, role, text = [], "system", system
+    for message, train in zip(rest, trained, strict=True):
+        speaker, content = message["role"], message["content"]
+        if speaker == "assistant":
+            if len(message) > 2 or "think>" in content:
+                return None
+            if role in ("assistant", "history"):
+                found.append((role, text))
+                role, text = "prompt", ""
+            found.append((role, text + _ANSWER + _OFF))
+            role, text = "assistant" if train else "history", content.rstrip() + _END
+        elif speaker == "tool":
+            return None
+        else:
+            found.append((role, text))
+            role, text = speaker, f"<|im_start|>{speaker}\n{content}{_END}"
+    found.append((role, text))
+    return found
 
 
 def _forgets(style: _Style, rest: list[dict], last: int) -> bool:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from nemotron_sft.data.chat.flags import trained_messages
-from nemotron_sft.data.chat.messages import ChatError, answer_of, checked_tools, clean_messages
+from nemotron_sft.data.chat.messages import ChatError, checked_tools, clean_messages, is_empty
 
 Span = tuple[str, str]  # (role, text)
 MASKS = ("assistant", "last_turn", "all")
@@ -120,9 +120,10 @@ class Template:
         messages, tools = self._read(messages, tools)
         trained = self._trained(messages, train_turns)
         if self.empty_answers == "drop":
-            for message, index in zip(messages, range(len(messages)), strict=True):
-                if trained[index]:
-                    _refuse_empty(message, index)
+            for index, message in enumerate(messages):
+                if trained[index] and is_empty(message):
+                    hint = "template.empty_answers=train trains such answers"
+                    raise ChatError("empty answer", f"message {index} has neither an answer nor a tool call; {hint}")
         found = self._found(messages, tools, trained, chat_template_kwargs)
         if not _has_training(found[-1]):
             if any(message["role"] == "assistant" for message in messages):
@@ -186,13 +187,6 @@ class Template:
 
 def _has_training(spans: list[Span]) -> bool:
     return any(role == "assistant" and text for role, text in spans)
-
-
-def _refuse_empty(message: dict, index: int) -> None:
-    """Raise ChatError for an answer that says nothing: training it teaches to end a turn at once."""
-    if not message.get("tool_calls") and not answer_of(message):
-        hint = "template.empty_answers=train trains such answers"
-        raise ChatError("empty answer", f"message {index} has neither an answer nor a tool call; {hint}")
 
 
 def last_user(messages: list[dict]) -> int:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_sft.data.chat import BUILT_IN, ChatError, load_template
+from nemotron_sft.data.chat.messages import answer_of, is_empty
 
 END = "<|im_end|>\n"
 ENDS = dict.fromkeys(BUILT_IN, END) | {"nano_v2": "\n<SPECIAL_12>\n"}
@@ -400,3 +401,26 @@ def test_digest_follows_source_and_options():
         load_template(mask=mask, history=h).digest for mask in ("assistant", "all") for h in ("truncate", "keep")
     }
     assert len(digests) == 4 and load_template().digest == load_template(thinking=False).digest
+
+
+# --- short cuts --------------------------------------------------------------------------------------------
+
+tagged = st.lists(st.sampled_from(["<think>", "</think>", "a", "<", ">", " ", "\n", "\u2003", "\x1c"])).map("".join)
+
+
+@given(tagged, st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_an_empty_answer_is_found_by_its_ends(content, call):
+    message = {"role": "assistant", "content": content} | ({"tool_calls": [{}]} if call else {})
+    assert is_empty(message) == (not call and not answer_of(message))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system", "developer", "tool"]), tagged), min_size=1))
+@settings(max_examples=200, deadline=None)
+def test_spans_in_brief_are_those_in_full(turns):
+    """An answer with one key more goes the long way."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    longer = [{**message, "name": "n"} for message in messages]
+    for name in NEMOTRON3:
+        template = load_template(name, empty_answers="train")
+        assert template.sequences(messages) == template.sequences(longer)
