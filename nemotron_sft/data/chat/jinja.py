@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from nemotron_sft.data.chat.environment import CLOSE, OPEN, TAG, compile_template, unmarked
 from nemotron_sft.data.chat.forms import Forms
 from nemotron_sft.data.chat.messages import ChatError, answer_of, checked_messages, checked_tools, reasoning_of
 from nemotron_sft.data.chat.template import Span, Template
 from nemotron_sft.errors import UserError
 
-# `{% generation %}` blocks become plain Jinja that prints these around the trained text; random, so that no
-# conversation can contain them.
-_OPEN, _CLOSE = (f"\x02{secrets.token_hex(8)}\x03" for _ in range(2))
-_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on
 _QUESTION, _ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 _STOP = re.compile(r"\s*(?:<[^<>\s]{1,60}>|\[[A-Z_/]{1,30}\])")  # a special token, as far as its looks tell
-
-
-def _marker(tag: re.Match) -> str:
-    left, end, right = tag.groups()
-    if end:
-        return f"{{%{left} if true %}}{_CLOSE}{{% endif %}}{{% endwith {right}%}}"
-    return f"{{%{left} with %}}{{% if true %}}{_OPEN}{{% endif {right}%}}"
-
-
-def _unmarked(text: str) -> str:
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
 
 
 @dataclass
@@ -65,7 +48,7 @@ class JinjaTemplate(Template):
 
     @cached_property
     def _marked(self) -> bool:
-        return bool(_TAG.search(self.source))
+        return bool(TAG.search(self.source))
 
     @property
     def _compiled(self) -> Any:
@@ -78,21 +61,7 @@ class JinjaTemplate(Template):
     @cached_property
     def _opened(self) -> tuple[Any, list[str]]:
         """The compiled template, and those of _SWITCHES that it reads."""
-        from jinja2 import TemplateSyntaxError
-        from jinja2.ext import loopcontrols
-        from jinja2.meta import find_undeclared_variables
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        try:
-            source = _TAG.sub(_marker, self.source)
-            unknown = find_undeclared_variables(environment.parse(source))
-            compiled = environment.from_string(source)
-        except TemplateSyntaxError as error:
-            message = (error.message or "").replace("endwith", "endgeneration")
-            raise UserError(f"{self.name}:{error.lineno}: not a valid Jinja template: {message}") from None
+        compiled, unknown = compile_template(self.name, self.source)
         if self.special_tokens is None and (needed := sorted(unknown & {"bos_token", "eos_token"})):
             raise UserError(f"{self.name}: the template prints {' and '.join(needed)}: set template.special_tokens")
         return compiled, [name for name in _SWITCHES if name in unknown]
@@ -107,7 +76,7 @@ class JinjaTemplate(Template):
     # --- text ---
 
     def _rendered(self, messages: list[dict], tools: list[dict], variables: dict, prompt: bool = False) -> str:
-        """The rendering, with _OPEN and _CLOSE around what generation tags enclose."""
+        """The rendering, with OPEN and CLOSE around what generation tags enclose."""
         if self.history == "keep":
             variables = {"truncate_history_thinking": False, **variables}
         if variables:
@@ -131,10 +100,10 @@ class JinjaTemplate(Template):
             raise ChatError("template error", f"{type(error).__name__}: {error}") from error
 
     def _text(self, messages: list[dict], tools: list[dict], variables: dict) -> str:
-        return _unmarked(self._rendered(messages, tools, variables))
+        return unmarked(self._rendered(messages, tools, variables))
 
     def _prompt(self, messages: list[dict], tools: list[dict], variables: dict) -> str:
-        return _unmarked(self._rendered(messages, tools, variables, prompt=True))
+        return unmarked(self._rendered(messages, tools, variables, prompt=True))
 
     # --- sequences ---
 
@@ -218,7 +187,7 @@ class JinjaTemplate(Template):
         """Spans of a template with generation tags: what they enclose within the sequence's answers is trained."""
         past, replaced = sequence.past
         marked = self._rendered(messages[: sequence.messages], tools, variables)
-        parts = (past + _behind(marked, replaced)).split(_OPEN)
+        parts = (past + _behind(marked, replaced)).split(OPEN)
         regions = []
         for i in sorted(sequence.ends):
             before = self._past(messages[:i], tools, variables)
@@ -230,7 +199,7 @@ class JinjaTemplate(Template):
         everything = all(m["role"] != "assistant" or i in sequence.ends for i, m in enumerate(messages))
         spans, done = [("context", parts[0])], len(parts[0])
         for part in parts[1:]:
-            answer, _, after = part.partition(_CLOSE)
+            answer, _, after = part.partition(CLOSE)
             end = done + len(answer)
             inside = [max(a, done) for a, b in regions if max(a, done) < min(b, end)]
             untrained = 0 if everything else min(inside, default=end) - done
@@ -376,16 +345,16 @@ class JinjaTemplate(Template):
 
 
 def _behind(marked: str, length: int) -> str:
-    """What follows the first `length` characters, _OPEN and _CLOSE not counted."""
+    """What follows the first `length` characters, OPEN and CLOSE not counted."""
     at = 0
     while length:
-        for mark in (_OPEN, _CLOSE):
+        for mark in (OPEN, CLOSE):
             if marked.startswith(mark, at):
                 at += len(mark)
                 break
         else:
             at, length = at + 1, length - 1
-    return marked[at:].removeprefix(_CLOSE)
+    return marked[at:].removeprefix(CLOSE)
 
 
 def _common(text: str, other: str) -> int:
@@ -393,19 +362,3 @@ def _common(text: str, other: str) -> int:
     if text.startswith(other):
         return len(other)
     return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
