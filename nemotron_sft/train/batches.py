@@ -201,7 +201,8 @@ def collate(
 
     batch = {name: torch.from_numpy(values)[None] for name, values in row.items()} | {"attention_mask": None}
     batch |= _boundary_tensors(cu_seqlens, padded)
-    kept = [_trained_first(share, 128) for share in _shares(row["loss_mask"] != 0, in_row, context_parallel, mtp_depth)]
+    shares = _shares(row["loss_mask"] != 0, in_row, context_parallel, mtp_depth)
+    kept = [_kept_positions(share, 128) for share in shares]
     batch["trained_positions"] = torch.from_numpy(np.concatenate(kept))
     counts = {
         "tokens": int(in_row[-1]),
@@ -271,11 +272,12 @@ def _weighed(records: np.ndarray, trained: np.ndarray, cu_seqlens: np.ndarray, w
     return np.where(trained, np.repeat(weight, lengths), np.float32(0)), sources
 
 
-def _trained_first(trained: np.ndarray, multiple: int) -> np.ndarray:
+def _kept_positions(trained: np.ndarray, multiple: int) -> np.ndarray:
     """Where `trained` (T,) bool is true, filled up with other positions to a multiple that matrix products like:
-    int64 (k,), distinct."""
-    positions = np.flatnonzero(trained)
-    return np.append(positions, np.flatnonzero(~trained)[: -len(positions) % multiple])
+    int64 (k,), ascending, so that all T of them leave a row as it is."""
+    kept = trained.copy()
+    kept[np.flatnonzero(~trained)[: -np.count_nonzero(trained) % multiple]] = True
+    return np.flatnonzero(kept)
 
 
 def _shares(trained: np.ndarray, in_row: np.ndarray, ranks: int, mtp_depth: int) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_prep import configured  # noqa: F401 -- a fixture
 
+from nemotron_sft.console import visible
 from nemotron_sft.data import prep
 from nemotron_sft.errors import UserError
 
@@ -97,7 +98,7 @@ def one_by_one(configured, tmp_path, form, lines, overrides):  # noqa: F811
             prep.run(configured(tmp_path / "one.jsonl", *overrides, "force=true", output="one"))
             found.append("read")
         except UserError as error:
-            found.append(str(error))
+            found.append(visible(str(error)))  # as it is printed
     return found
 
 

@@ -185,8 +185,10 @@ def test_what_trained_tokens_alone_need_gives_the_same_loss_and_gradients(model)
     step._hook(model)
     rows = []
     model.decoder.layers[-1].mlp.register_forward_hook(lambda module, given, output: rows.append(len(given[0])))
-    results = []
-    for positions in (None, batch["trained_positions"][:70]):  # 128 would be all of this row
+    results, all_kept = [], batch["trained_positions"]
+    few_kept = torch.cat([torch.nonzero(batch["loss_mask"][0])[:, 0], torch.tensor([127])])
+    assert len(all_kept) == 128
+    for positions in (None, all_kept, few_kept):
         step._positions = positions
         model.zero_grad()
         losses = model(
@@ -199,11 +201,11 @@ def test_what_trained_tokens_alone_need_gives_the_same_loss_and_gradients(model)
         (losses * batch["loss_mask"]).sum().backward()
         results.append((losses.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
     step._positions = None
-    assert rows == [128, 70]  # of the last layer's MLP
-    (every, every_gradients), (few, few_gradients) = results
+    assert rows == [128, 128, len(few_kept)]  # of the last layer's MLP
+    every, every_gradients = results[0]
     mask = batch["loss_mask"]
-    assert mask[0, batch["trained_positions"][70:]].sum() == 0
-    assert torch.allclose(every * mask, few * mask, atol=1e-5)
-    assert (few == 0).sum() == few.numel() - 70
-    for one, other in zip(every_gradients, few_gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
+    for kept, (few, few_gradients) in zip((all_kept, few_kept), results[1:], strict=True):
+        assert torch.allclose(every * mask, few * mask, atol=1e-5)
+        assert (few == 0).sum() == few.numel() - len(kept)
+        for one, other in zip(every_gradients, few_gradients, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)

@@ -38,10 +38,10 @@ def test_context_parallel_rows_hold_every_document_at_a_multiple(lengths_per_pac
 
 @given(packs_of_documents)
 @settings(max_examples=50, deadline=None)
-def test_trained_positions_are_distinct_and_cover_every_loss(lengths_per_pack):
+def test_trained_positions_ascend_and_cover_every_loss(lengths_per_pack):
     batch = collate(make_packs(lengths_per_pack))
     mask, positions = batch["loss_mask"][0].numpy(), batch["trained_positions"].numpy()
-    assert len(set(positions.tolist())) == len(positions)
+    assert (np.diff(positions) > 0).all()  # in another order a row whose positions are all kept meets wrong labels
     assert mask[positions].sum() == mask.sum()
     assert len(positions) % 128 == 0 or len(positions) == len(mask)
 
