@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("no deadline", settings.default, deadline=None)  # an example may meet a busy machine
+settings.load_profile("no deadline")
 
 # The smallest model that exercises every code path of training that is not about Mamba layers or experts.
 SMALL = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,8 @@ def chart(title: str, lines: Sequence[Line], log: bool = False, shares: bool = F
 
     shares: values from 0 to 1, in percent.
     """
-    usable = [(line, [p for p in line.points if math.isfinite(p[1]) and (p[1] > 0 or not log)]) for line in lines]
+    least = sys.float_info.min if log else -math.inf  # what is smaller has no room below it
+    usable = [(line, [p for p in line.points if math.isfinite(p[1]) and p[1] >= least]) for line in lines]
     usable = [(line, points) for line, points in usable if points]
     if not usable:
         return None

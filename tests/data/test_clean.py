@@ -85,7 +85,7 @@ def runs(text):
     return {tuple(found[i : i + 13]) for i in range(len(found) - 12)}
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(words, min_size=1, max_size=4), words, st.integers(0, 10**6), st.integers(0, 30))
 def test_exactly_the_shared_runs_of_13_words_are_found(tmp_path_factory, texts, noise, seed, length):
     rng = random.Random(seed)

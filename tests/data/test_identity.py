@@ -30,7 +30,7 @@ def shuffled(value, rng, nulls=False):
 
 
 @given(st.integers(0, 10**9), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_order_of_keys_and_null_keys_do_not_count(seed, nulls):
     rng = random.Random(seed)
     assert conversation_digest(shuffled(CHAT, rng, nulls), shuffled(TOOLS, rng, nulls)) == conversation_digest(

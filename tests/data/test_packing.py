@@ -27,7 +27,7 @@ def problems(draw):
     return draw(st.lists(st.integers(1, pack_size), max_size=120)), pack_size
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(problems(), st.integers(0, 3))
 def test_every_item_is_placed_and_no_bin_overflows(problem, seed):
     lengths, pack_size = problem
@@ -58,7 +58,7 @@ def best_fit_decreasing(lengths, pack_size):
     return len(rooms)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(problems())
 def test_never_worse_than_textbook_best_fit(problem):
     lengths, pack_size = problem
@@ -101,7 +101,6 @@ def test_bad_lengths_are_named(lengths, message):
         pack([1], 0)
 
 
-@settings(deadline=None)
 @given(problems())
 def test_members_list_every_bin_in_input_order(problem):
     bins = pack(*problem)

@@ -267,7 +267,7 @@ def test_a_conversation_is_in_one_split(configured, tmp_path):
     assert len(seen) == 150 and len(set(seen.values())) == 3
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=60),
     st.sampled_from([(0.98, 0.01, 0.01), (1, 0, 0), (0.5, 0.5, 0), (0.01, 0.01, 0.98)]),

@@ -180,7 +180,7 @@ scalars = st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats()
 any_text = st.text(st.characters(exclude_categories=()))  # lone surrogates among it
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.recursive(scalars | any_text, lambda inner: st.lists(inner) | st.dictionaries(any_text, inner), max_leaves=8))
 def test_loads_is_exact(value):
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False)):

@@ -74,7 +74,7 @@ def test_formats(tmp_path, name):
         assert reading.locate(files[0], whole[wanted][0]) == f"{path}:{wanted + 1}"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 40), max_size=30),
     st.integers(1, 200),

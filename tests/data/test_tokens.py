@@ -76,7 +76,7 @@ texts = st.text(max_size=30) | st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batch=st.lists(texts, max_size=5))
 def test_ids_are_hugging_faces_and_decode_to_the_text(loaded, folder, batch):
     reference = Reference.from_file(str(folder / "tokenizer.json"))
@@ -302,7 +302,7 @@ pieces = st.lists(
 
 
 @pytest.mark.parametrize("kind", ["prepend", "always", "first"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_spans_get_a_space_only_where_the_whole_text_does(kind, data, tmp_path_factory):
     """Cut at special tokens or newlines, which nothing merges with, spans give the ids of the whole text."""

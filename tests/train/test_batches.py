@@ -36,7 +36,7 @@ packs_of_documents = st.lists(
 
 
 @given(packs_of_documents)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_collate_agrees_with_a_loop_over_documents(lengths_per_pack):
     records = make_packs(lengths_per_pack)
     batch = collate(records)

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nemotron_sft.train import charts
@@ -99,10 +99,11 @@ def test_thinned_curves_keep_order_ends_and_extremes(values):
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=50), st.booleans())
+@example([5e-324], True)
 def test_every_point_and_tick_is_inside_its_chart(values, log):
     chart = charts.chart("c", [charts.Line("l", list(enumerate(values)), dots=True)], log=log)
     if chart is None:
-        assert log and max(values) <= 0
+        assert log and max(values) < sys.float_info.min
         return
     numbers = [float(y) for path in chart.paths for y in re.findall(r" ([-\d.]+)", path["d"])]
     assert all(-0.1 <= y <= charts.HEIGHT + 0.1 for y in numbers)

@@ -11,7 +11,7 @@ from nemotron_sft.train.batches import collate
 
 
 @given(packs_of_documents, st.integers(2, 4), st.sampled_from([1, 2, 4]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_context_parallel_rows_hold_every_document_at_a_multiple(lengths_per_pack, context, tensor):
     records = make_packs(lengths_per_pack)
     plain, padded = collate(records), collate(records, context, tensor)
@@ -37,7 +37,7 @@ def test_context_parallel_rows_hold_every_document_at_a_multiple(lengths_per_pac
 
 
 @given(packs_of_documents)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_trained_positions_ascend_and_cover_every_loss(lengths_per_pack):
     batch = collate(make_packs(lengths_per_pack))
     mask, positions = batch["loss_mask"][0].numpy(), batch["trained_positions"].numpy()

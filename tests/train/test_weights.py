@@ -26,7 +26,7 @@ def marked(records, seed=0):
 
 
 @given(packs_of_documents, st.sampled_from(["token", "sequence"]), st.sampled_from([1, 2, 4]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_loss_mask_and_sources_agree_with_a_loop_over_sequences(lengths_per_pack, per, context):
     records = marked(make_packs(lengths_per_pack))
     batch = collate(records, context, 1, Weighting(per, 2.0, True))

@@ -191,7 +191,7 @@ LOADED = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(conversations, tools, st.sampled_from(list(BUILT_IN)), st.sampled_from(["truncate", "keep"]))
 def test_python_equals_jinja(messages, tools, name, history):
     python, jinja = (LOADED[kind, name, history] for kind in ("python", "jinja"))
@@ -203,7 +203,7 @@ def test_python_equals_jinja(messages, tools, name, history):
         assert trained(python.sequences(messages, tools)) == trained(jinja.sequences(messages, tools))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(conversations, tools, st.sampled_from(NEMOTRON3))
 def test_jinja_in_transformers(messages, tools, name):
     """The file works where models are served: transformers renders it, and its generation tags, alike."""
@@ -227,7 +227,7 @@ def test_jinja_in_transformers(messages, tools, name):
 EFFORT = {"nano3": {"reasoning_budget": 9}, "super3": {"low_effort": True}, "lightning35": {"medium_effort": True}}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(conversations, tools, st.sampled_from(list(BUILT_IN)), st.booleans())
 def test_every_answer_is_trained_once_as_at_inference(messages, tools, name, effort):
     """Behind a prompt for the messages before it, to the end of the turn, whatever the conversation."""
@@ -255,7 +255,7 @@ def test_every_answer_is_trained_once_as_at_inference(messages, tools, name, eff
 flags = st.sampled_from([{}, {"weight": 0}, {"weight": 1}, {"train": False}, {"training": True}, {"weight": None}])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(others | answers, flags), min_size=1, max_size=7), st.sampled_from(list(BUILT_IN)), st.data())
 def test_flags_are_obeyed(flagged, name, data):
     """What is marked is not trained, and everything else is trained as it was without any mark."""
@@ -293,7 +293,7 @@ nulls = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(conversations, st.lists(nulls, min_size=7, max_size=7), st.sampled_from(list(BUILT_IN)), st.booleans())
 def test_null_keys_change_nothing(messages, added, name, jinja):
     template = LOADED["jinja" if jinja else "python", name, "truncate"]
@@ -409,14 +409,14 @@ tagged = st.lists(st.sampled_from(["<think>", "</think>", "a", "<", ">", " ", "\
 
 
 @given(tagged, st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_an_empty_answer_is_found_by_its_ends(content, call):
     message = {"role": "assistant", "content": content} | ({"tool_calls": [{}]} if call else {})
     assert is_empty(message) == (not call and not answer_of(message))
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system", "developer", "tool"]), tagged), min_size=1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_spans_in_brief_are_those_in_full(turns):
     """An answer with one key more goes the long way."""
     messages = [{"role": role, "content": content} for role, content in turns]

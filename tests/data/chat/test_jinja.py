@@ -116,7 +116,7 @@ plain_turns = st.lists(
 
 
 @pytest.mark.parametrize("mask", ["assistant", "last_turn"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(messages=plain_turns)
 def test_markers_and_prefixes_agree(tmp_path_factory, mask, messages):
     folder = tmp_path_factory.getbasetemp()

@@ -79,7 +79,7 @@ def off(message):
 
 
 @pytest.mark.parametrize("name", list(ENDS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(conversations())
 def test_properties(name, messages):
     template = load_template(name) if name in BUILT_IN else loaded(name)
