@@ -352,6 +352,9 @@ def packed_dataset_provider(
         seed: int = 0
         weighted: bool = weighting.weighted
         sources: int = 0
+        # Else Bridge gives the middle stages of a pipeline no boundaries, and documents see each other there. (No row
+        # has a mask.)
+        skip_getting_attention_mask_from_dataset: bool = False
 
         def build_datasets(self, context):
             endless = evaluated * 1_000_000  # validation never runs out of samples, whenever it is asked for
