@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from nemotron_sft.train.compat.mtp import count_predictions_of_kept_tokens
-from nemotron_sft.train.losses import WatchedLosses
+from nemotron_sft.train.losses import WatchedLosses, on_this_rank
 
 
 class ForwardStep:
@@ -23,8 +23,9 @@ class ForwardStep:
 
     def __init__(self):
         self.skip_untrained = True
-        self._hooked = False
+        self._hooked: dict[int, bool] = {}  # model chunk (its id) -> whether it computes logits
         self._positions = None  # of the next row's trained tokens
+        self._loss_mask = None  # of the next row
         self._kept = None  # the same, while a forward pass with labels runs
         self._flops_per_token = 0.0
         self._batch = None
@@ -41,11 +42,11 @@ class ForwardStep:
     def __call__(self, state, data_iterator, model, return_schedule_plan: bool = False):
         from megatron.bridge.training.gpt_step import forward_step
 
-        if not self._hooked:
-            self._hook(model)
+        if id(model) not in self._hooked:
+            self._hooked[id(model)] = self._hook(model)
         tokens, squares = getattr(state, "_flops_seqlen_sum", 0), getattr(state, "_flops_seqlen_sq_sum", 0)
         self._tokens = self._squares = 0
-        watched = None if data_iterator is None else self._watch(data_iterator)
+        watched = None if data_iterator is None else self._watch(data_iterator, self._hooked[id(model)])
         self._batch = None
         output, loss_function = forward_step(state, watched, model, return_schedule_plan)
         if self._batch is not None:
@@ -56,7 +57,7 @@ class ForwardStep:
             state._flops_requires_global_reduce = False
         return output, loss_function
 
-    def _watch(self, data_iterator) -> Iterator[dict]:
+    def _watch(self, data_iterator, makes_logits: bool) -> Iterator[dict]:
         while True:
             start = time.perf_counter()
             batch = next(data_iterator)
@@ -67,8 +68,8 @@ class ForwardStep:
             self.tokens += counts["tokens"]
             self.trained += counts["trained"]
             self.packs += counts["packs"]
-            self._positions = None
-            if self._hooked == "logits" and self.skip_untrained:
+            self._positions, self._loss_mask = None, batch["loss_mask"]
+            if makes_logits and self.skip_untrained:
                 self._take_positions(batch["trained_positions"], counts)
             yield batch
 
@@ -83,35 +84,44 @@ class ForwardStep:
             self._positions = own.cuda(non_blocking=True)
             self.skipped_flops += self._flops_per_token * (counts["tokens"] // len(kept) - len(own))
 
-    def _hook(self, model) -> None:
+    def _hook(self, model) -> bool:
         """Have the model compute logits and losses for the kept tokens only, in every call of its output layer.
 
-        The losses of all others are zero, which is what their loss mask makes of them anyway.
+        The losses of all others are zero, which is what their loss mask makes of them anyway. Heads that predict
+        further tokens are given that mask; Bridge forgets to, and core then trains them on prompts, too. Returns
+        whether this chunk of a model makes logits.
         """
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.hybrid.hybrid_model import HybridModel
         from megatron.core.utils import unwrap_model
 
-        self._hooked = "nothing"
         language_model = unwrap_model(model)
         if type(language_model) not in (GPTModel, HybridModel) or not language_model.post_process:
-            return
+            return False
 
         def keep(module, args, kwargs):
-            self._kept = self._positions if kwargs.get("labels") is not None else None
+            trains = kwargs.get("labels") is not None
+            self._kept = self._positions if trains else None
+            if trains and module.config.mtp_num_layers:
+                return args, kwargs | {"loss_mask": self._mask_on_this_rank(module.pg_collection.cp)}
 
         language_model.register_forward_pre_hook(keep, with_kwargs=True)
         self._shorten_output_layer(language_model.output_layer)
         self._scatter_losses(language_model)
         if language_model.config.mtp_num_layers:
             count_predictions_of_kept_tokens(lambda: self._kept)
-        self._hooked = "logits"
         config = language_model.config
         heads = 1 + (config.mtp_num_layers or 0)
         head = 6 * config.hidden_size * language_model.vocab_size / config.tensor_model_parallel_size
         self._flops_per_token = heads * head
         if type(language_model) is GPTModel:
             self._shorten_last_mlp(language_model.decoder.layers[-1])
+        return True
+
+    def _mask_on_this_rank(self, context_group):
+        """The row's loss mask, (1, T) float32, or a context-parallel rank's share of it."""
+        mask = self._loss_mask.cuda(non_blocking=True)
+        return on_this_rank(mask, self._batch, context_group)[None]
 
     def _shorten_output_layer(self, layer) -> None:
         """Give the output layer the kept rows of its input (T, 1, h), gathered first where tensor parallelism has cut

@@ -7,6 +7,8 @@ from test_batches import make_packs
 
 from nemotron_sft.train.batches import collate, packed_dataset_provider
 from nemotron_sft.train.checkpoints import alone
+from nemotron_sft.train.compat.cpu import adapt_model
+from nemotron_sft.train.step import ForwardStep
 
 
 @pytest.mark.parametrize("stage", ["first", "middle", "last"])
@@ -22,3 +24,35 @@ def test_every_pipeline_stage_learns_where_documents_begin(stage, bridge, monkey
         groups = SimpleNamespace(pp=None, cp=get_context_parallel_group())
         *_, packed = gpt_step.get_batch(iter([batch]), config, pg_collection=groups)
     assert packed["cu_seqlens_q"].tolist() == batch["cu_seqlens_q"].tolist()
+
+
+def test_heads_that_predict_further_learn_no_label_that_is_not_trained(bridge):
+    import torch
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+    from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
+
+    batch = collate(make_packs([[10, 20, 30], [33, 31]]), mtp_depth=1)
+    packed = get_packed_seq_params({key: value for key, value in batch.items() if "seqlen" in key})
+    other_labels = torch.where(batch["loss_mask"] > 0, batch["labels"], 7)
+    provider = HybridModelProvider(
+        hybrid_layer_pattern="M*/*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=2,
+        kv_channels=16, mamba_num_heads=2, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=16, vocab_size=256,
+        seq_length=64, mtp_num_layers=1, calculate_per_token_loss=True,
+    )  # fmt: skip
+    adapt_model(provider)
+    with alone():
+        provider.finalize()
+        (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+        step = ForwardStep()
+        step._hook(model)
+        step._batch, step._loss_mask = batch, batch["loss_mask"]
+        gradients = []
+        for labels, positions in ((batch["labels"], None), (other_labels, None), (other_labels, True)):
+            step._positions = positions and batch["trained_positions"]
+            model.zero_grad()
+            losses = model(batch["tokens"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
+            (losses * batch["loss_mask"]).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "mtp" in name]))
+    plain, other, kept = gradients
+    assert plain.abs().max() > 0.01
+    assert torch.allclose(plain, other, atol=1e-6) and torch.allclose(plain, kept, atol=1e-5)
