@@ -35,6 +35,8 @@ def check(container: Any, run_dir: Path, data_dir: Path, metadata: dict) -> None
         if path and not is_hf(path):
             saved = run_of(newest_checkpoint(Path(path))) if _has_config(Path(path)) else {}
             check_model(container.model, saved.get("model") or {}, path)
+            if path == container.checkpoint.load:
+                check_order(container, saved, path, bool(own))
             if own and path == container.checkpoint.load:
                 check_adapters(container.peft, saved.get("peft"), path)
                 check_base(start, saved, run_dir)
@@ -52,6 +54,22 @@ def check_steps(done: int, wanted: int, run_dir: Path) -> None:
             f"{run_dir} was trained for {done} steps already, more than train.train_iters={wanted}: ask for {done} or "
             "more, or for another run_dir"
         )
+
+
+def check_order(container: Any, saved: dict, path: str, same_run: bool) -> None:
+    """A step's packs are found by how many were read before, so steps must stay of one size, and in one order.
+
+    With others, packs of the epoch would be read twice or not at all, and the learning rate, whose schedule counts
+    packs, would be that of another step.
+    """
+    keys = [("train.global_batch_size", "train", "global_batch_size"), ("seed", "rng", "seed")]
+    for name, section, key in keys if same_run else keys[:1]:
+        then, now = (saved.get(section) or {}).get(key), getattr(getattr(container, section), key)
+        if then is not None and then != now:
+            raise UserError(
+                f"{path} was trained with {name}={then}, not {now}: set it to {then}, or start another run with "
+                f"init_from={path}"
+            )
 
 
 def check_data(run_dir: Path, data_dir: Path, metadata: dict) -> None:

@@ -27,6 +27,17 @@ def test_a_run_is_not_made_shorter(tmp_path):
     assert "trained for 8 steps already, more than train.train_iters=6" in refused(resume.check_steps, 8, 6, tmp_path)
 
 
+def test_steps_keep_their_size_and_order():
+    now = SimpleNamespace(train=SimpleNamespace(global_batch_size=8), rng=SimpleNamespace(seed=1))
+    saved = {"train": {"global_batch_size": 8}, "rng": {"seed": 2}}
+    resume.check_order(now, saved, "another run", False)
+    resume.check_order(now, {}, "of Megatron-LM", False)
+    assert "trained with seed=2, not 1" in refused(resume.check_order, now, saved, "here", True)
+    saved["train"]["global_batch_size"] = 4
+    told = refused(resume.check_order, now, saved, "there", False)
+    assert "there was trained with train.global_batch_size=4, not 8: set it to 4, or start another" in told
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs():
     resume.check_model(SimpleNamespace(**MODEL), MODEL | {"hybrid_layer_pattern": "M*M*E", "kv_channels": 32}, "here")
     resume.check_model(SimpleNamespace(**MODEL), {}, "of Megatron-LM")
