@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 UV_VERSION := 0.13.9
+EXTRAS := dev# `make setup EXTRAS=dev,eval` for recipes/evaluate.py, too
 
 setup: $(READY)
 
@@ -21,7 +22,7 @@ $(READY): pyproject.toml constraints.txt overrides-cpu.txt
 	echo "Installing into .venv (2-3 GB, most of it PyTorch)"; \
 	$(PYTHON) -m pip install -q --disable-pip-version-check uv==$(UV_VERSION); \
 	.venv/bin/uv pip install -q --python $(PYTHON) --compile-bytecode \
-	  --constraints constraints.txt --overrides overrides-cpu.txt -e '.[dev]'; \
+	  --constraints constraints.txt --overrides overrides-cpu.txt -e '.[$(EXTRAS)]'; \
 	touch $@
 
 # Into a container that holds PyTorch, Transformer Engine and Megatron-Bridge already; none of those is touched.

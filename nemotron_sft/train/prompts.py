@@ -20,6 +20,8 @@ from nemotron_sft.data.opened import open_template, open_tokenizer
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import scorers
 
+EXACT_MARGIN = 4  # new tokens that an exact answer gets beyond the length of what is expected: then it is wrong
+
 
 @dataclass
 class Prompts:
@@ -90,7 +92,7 @@ def load_prompts(config: Heldout, metadata: dict) -> Prompts | None:
     template, tokenizer = open_template(metadata), open_tokenizer(metadata)
     records, texts, rows = [], [], {}
     for name, path in files.items():
-        found = _read(path)
+        found = read_prompts(path, "heldout.path")
         rows[name] = range(len(records), len(records) + len(found))
         for where, record in found:
             records.append(record)
@@ -102,25 +104,26 @@ def load_prompts(config: Heldout, metadata: dict) -> Prompts | None:
         exact = [i for i, record in enumerate(records) if record["score"] == "exact"]
         lengths = np.diff(tokenizer.encode_batch([records[i]["answer"] for i in exact])[1]) if exact else []
         for i, length in zip(exact, lengths, strict=True):
-            budget[i] = min(budget[i], int(length) + 4)
+            budget[i] = min(budget[i], int(length) + EXACT_MARGIN)
     paths = {name: str(path) for name, path in files.items()}
     return Prompts(records, rows, paths, ids, budget, tokenizer.decode, tokenizer.eos_id, config.thinking)
 
 
-def _read(path: Path) -> list[tuple[str, dict]]:
-    """("file:line", record) of every line that is not empty. Raises UserError."""
+def read_prompts(path: Path, named_by: str) -> list[tuple[str, dict]]:
+    """("file:line", record) of every line that is not empty. named_by: what the user set. Raises UserError."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"heldout.path: {path}: {reason}; set heldout.path=null to train without prompts") from None
+        hint = "; set heldout.path=null to train without prompts" if named_by == "heldout.path" else ""
+        raise UserError(f"{named_by}: {path}: {reason}{hint}") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}:{number}"
             found.append((where, _checked(line, where)))
     if not found:
-        raise UserError(f"heldout.path: {path} holds no prompts")
+        raise UserError(f"{named_by}: {path} holds no prompts")
     return found
 
 

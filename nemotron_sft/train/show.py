@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from nemotron_sft.console import table
 from nemotron_sft.errors import UserError
+from nemotron_sft.record import lineage
 from nemotron_sft.train import evaluation
 
 
@@ -24,7 +25,7 @@ def print_run(run_dir: Path) -> None:
 
 
 def summary(run_dir: Path) -> list[tuple[str, str]]:
-    """(name, text) pairs from config.yaml, metrics.jsonl, heldout.json and checkpoints/ of a run.
+    """(name, text) pairs from config.yaml, metrics.jsonl, heldout.json, lineage.json and checkpoints/ of a run.
 
     Losses are in nats per trained token. Raises UserError for files that cannot be read.
     """
@@ -43,6 +44,8 @@ def summary(run_dir: Path) -> list[tuple[str, str]]:
     saved = evaluation.read(run_dir / "heldout.json")
     for name, shares in evaluation.first_and_last(saved["asked"] if saved else []):
         rows.append((f"right answers, {name}", " -> ".join(f"{share:.1%}" for share in shares)))
+    for entry in (lineage.read(run_dir) or {}).get("evaluations", []):
+        rows += [(f"evaluation, {name}", f"{score:.4f}") for name, score in entry["scores"].items()]
     saved = sorted(path.name for path in (run_dir / "checkpoints").glob("iter_*"))
     newest = f", the newest {saved[-1]}" if saved else ""
     rows.append(("checkpoints", f"{len(saved)}{newest}"))

@@ -102,8 +102,10 @@ class Training:
         say(line, self.terminal)
 
     def save(self) -> None:
-        """Write lineage.json."""
+        """Write lineage.json; what recipes/evaluate.py has added to it stays."""
         with self._saving:
+            if evaluations := (lineage.read(self.run_dir) or {}).get("evaluations"):
+                self.record["evaluations"] = evaluations
             lineage.write(self.run_dir, self.record)
 
     def _describe_start(self, init_from: str, model: dict) -> None:
