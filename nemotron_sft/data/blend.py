@@ -36,7 +36,7 @@ class Dataset:
     loss_weight: what a token counts in the loss. weight_field: where a record says it too; the two are multiplied.
     filter: {field: value}: keep records whose field equals the value, or contains it if the field is a list.
     form: one of FORMS, None to find it from the first records. fields: {part: field} where the form's parts are, if
-        not under their usual names. messages_field, tools_field: short for two of these.
+        not under their usual names, null for nowhere. messages_field, tools_field: short for two of these.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Dataset:
     weight_field: str = "weight"
     filter: dict[str, Any] = field(default_factory=dict)
     form: str | None = None
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str | None] = field(default_factory=dict)
     messages_field: str | None = None
     tools_field: str | None = None
 
@@ -129,8 +129,8 @@ def _dataset(entry: Any, where: str) -> Dataset:
             raise UserError(f"{where}: {key} is {meaning}, 0 to 1000, not {getattr(dataset, key)}")
     if dataset.form not in (None, *FORMS):
         raise UserError(f"{where}: form {dataset.form}: choose from {', '.join(FORMS)}")
-    if wrong := [part for part, name in dataset.fields.items() if not isinstance(name, str)]:
-        raise UserError(f"{where}: fields.{wrong[0]} must be the name of a field")
+    if wrong := [part for part, name in dataset.fields.items() if not isinstance(name, (str, type(None)))]:
+        raise UserError(f"{where}: fields.{wrong[0]} must be the name of a field, or null for none")
     return dataset
 
 

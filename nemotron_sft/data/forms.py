@@ -5,8 +5,9 @@
     alpaca     instruction, input, output, and perhaps a history of earlier pairs
     pairs      a prompt and its answer under one of several names, as texts or as lists of messages
 
-A dataset's form is found from its first records (`detect`), or named in the blend. What stands in a list may be JSON
-text at any level: all messages, each message, the tool calls, the tools and their parameters.
+Messages of the first two may name roles and keys in either way, also within one file (speakers.py). A dataset's form is
+found from its first records (`detect`), or named in the blend. What stands in a list may be JSON text at any level: all
+messages, each message, the tool calls, the tools and their parameters.
 """
 
 from __future__ import annotations
@@ -14,51 +15,57 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from nemotron_sft.data.blend import FORMS, Dataset
-from nemotron_sft.data.chat import ChatError
+from nemotron_sft.data.chat import RECORD_KEYS, ROLES, ChatError
 from nemotron_sft.data.chat.flags import MESSAGE_FLAGS
+from nemotron_sft.data.chat.messages import REASONING
 from nemotron_sft.data.jsontext import NotJSON, loads_text
+from nemotron_sft.data.speakers import (
+    CONTENT,
+    SPEAKER,
+    as_object,
+    first_of,
+    parsed,
+    read_messages,
+    read_tools,
+    told_tools,
+)
 from nemotron_sft.errors import UserError
 
 TITLES = {"openai": "OpenAI messages", "sharegpt": "ShareGPT", "alpaca": "Alpaca", "pairs": "prompt and answer"}
 MESSAGES = ("messages", "conversations", "conversation", "chat")  # where lists of messages are found
+_SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions", "available_tools")
+_CHAT = {"messages": MESSAGES, "tools": _TOOLS, "system": _SYSTEM}
+_BESIDE = {"system": _SYSTEM, "history": ("history",), "reasoning": REASONING, "tools": ("tools",)}
+_PROMPTS, _ANSWERS = ("prompt", "question", "query", "input"), ("completion", "response", "answer", "output")
 # Per form and part, the fields where it is looked for. Parts in NEEDED have to be there.
 PARTS = {
-    "openai": {"messages": MESSAGES, "tools": ("tools", "functions"), "system": ("system", "system_prompt")},
-    "sharegpt": {"messages": MESSAGES, "tools": ("tools", "functions"), "system": ("system", "system_prompt")},
-    "alpaca": {
-        "prompt": ("instruction",), "input": ("input", "context"), "answer": ("output", "response"),
-        "system": ("system", "system_prompt"), "history": ("history",), "reasoning": (), "tools": ("tools",),
-    },
-    "pairs": {
-        "prompt": ("prompt", "question", "query", "input"),
-        "answer": ("completion", "response", "answer", "output"),
-        "system": ("system", "system_prompt"), "reasoning": (), "tools": ("tools",),
-    },
+    "openai": _CHAT,
+    "sharegpt": _CHAT,
+    "alpaca": {"prompt": ("instruction",), "input": ("input", "context"), "answer": ("output", "response", "answer"),
+               **_BESIDE},
+    "pairs": {"prompt": _PROMPTS, "input": ("context",), "answer": _ANSWERS, **_BESIDE},
 }  # fmt: skip
 NEEDED = {"openai": ("messages",), "sharegpt": ("messages",), "alpaca": ("prompt", "answer"),
           "pairs": ("prompt", "answer")}  # fmt: skip
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
-         ("input", "output"))  # fmt: skip
-SPEAKERS = {
-    **dict.fromkeys(("human", "user", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "ai", "bing", "bard", "claude"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
-    "system": "system",
-    "developer": "developer",
-}
+_KNOWN = frozenset(ROLES)
+_both = itemgetter("role", "content")
 NOTED = {*MESSAGE_FLAGS, "reasoning", "reasoning_content", "thinking", "tool_calls"}
 
 
 @dataclass(frozen=True)
 class Form:
-    """How one dataset's records hold conversations: a key of PARTS, and (part, field) of every part that is there."""
+    """How one dataset's records hold conversations: a key of PARTS, and (part, field) of every part that is there.
+
+    unread: the fields of its first records that nothing reads.
+    """
 
     name: str
     parts: tuple[tuple[str, str], ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -82,7 +89,9 @@ class Form:
             more = [m for m in messages if type(m) is dict and len(m) > 2]
             seen.update({key for message in more for key in NOTED & message.keys() if message[key] is not None})
         tools = _value(record, parts, "tools")
-        return messages, _tools(tools) if tools else []
+        if not tools and messages and type(messages[0]) is dict and len(messages[0]) > 2:
+            messages, tools = told_tools(messages)
+        return messages, read_tools(tools) if tools else []
 
 
 # --- which form --------------------------------------------------------------------------------------------
@@ -105,39 +114,66 @@ def detect(dataset: Dataset, records: Iterable[dict], messages_field: str, tools
         if name and part not in given:
             given[part] = name
     if not records:
-        return Form(dataset.form or "openai", tuple({"messages": "messages", **given}.items()))
+        parts = {"messages": "messages", **given}
+        return Form(dataset.form or "openai", tuple((part, field) for part, field in parts.items() if field))
     name, field = (dataset.form, None) if dataset.form else _most_likely(records, given)
     if field:
         given["messages"] = field
     if name is None:
         raise UserError(
             f"dataset {dataset.name}: no conversations recognised in its first records, which have "
-            f"{_listed(there)}; say form ({', '.join(FORMS)}) and fields, or messages_field (docs/data.md)"
+            f"{listed(there)}; say form ({', '.join(FORMS)}) and fields, or messages_field (docs/data.md)"
+            + _preference(records[0])
         )
     if unknown := [part for part in dataset.fields if part not in PARTS[name]]:
         raise UserError(
             f"dataset {dataset.name}: form {name} has no part {unknown[0]}: known are {', '.join(PARTS[name])}"
         )
-    parts = {part: given.get(part) or _present(choices, there) for part, choices in PARTS[name].items()}
-    if name == "pairs" and not {"prompt", "answer"} & given.keys():
-        parts |= next((dict(zip(("prompt", "answer"), p, strict=True)) for p in PAIRS if set(p) <= set(there)), {})
+    parts = _parts(name, given, records, there)
     for part in NEEDED[name]:
         if parts[part] not in there:
             wanted = parts[part] or " or ".join(PARTS[name][part])
             raise UserError(
                 f"dataset {dataset.name}: form {name} needs a field for {part}, and no record has {wanted}, only "
-                f"{_listed(there)}; say fields: {{{part}: NAME}}"
+                f"{listed(there)}; say fields: {{{part}: NAME}}"
             )
-    return Form(name, tuple((part, field) for part, field in parts.items() if field))
+    read = {*parts.values(), *RECORD_KEYS, dataset.weight_field, *dataset.filter}
+    found = tuple((part, field) for part, field in parts.items() if field)
+    return Form(name, found, tuple(field for field in there if field not in read))
 
 
-def _most_likely(records: list[dict], given: dict[str, str]) -> tuple[str | None, str | None]:
+def _parts(name: str, given: dict, records: list[dict], there: Counter) -> dict[str, str | None]:
+    """The field of each part, as given or else by its usual names; a part that is given as null is left out."""
+    parts: dict[str, str | None] = {}
+    for part, choices in PARTS[name].items():
+        free = (choice for choice in choices if choice in there and choice not in parts.values())
+        parts[part] = given[part] if part in given else next(free, None)
+    field = parts.get("reasoning")
+    if field and "reasoning" not in given and not any(_is_prose(record.get(field)) for record in records):
+        parts["reasoning"] = None  # "on" or "off" in some datasets
+    return parts
+
+
+def _is_prose(value: Any) -> bool:
+    return isinstance(value, str) and len(value.split(maxsplit=1)) > 1
+
+
+def _preference(record: dict) -> str:
+    """What to say of data that has good and bad answers."""
+    if "chosen" not in record:
+        return ""
+    if isinstance(record["chosen"], list):
+        return "; messages_field: chosen trains on the chosen answers"
+    return "; fields: {prompt: prompt, answer: chosen} trains on the chosen answers" if "prompt" in record else ""
+
+
+def _most_likely(records: list[dict], given: dict[str, str | None]) -> tuple[str | None, str | None]:
     """The form that most records have, and the field of their messages."""
     votes = Counter(found for record in records if (found := _form_of(record, given)))
     return votes.most_common(1)[0][0] if votes else (None, None)
 
 
-def _form_of(record: dict, given: dict[str, str]) -> tuple[str, str | None] | None:
+def _form_of(record: dict, given: dict[str, str | None]) -> tuple[str, str | None] | None:
     """The form that one record has and the field of its messages, None for no form that is known."""
     if {"prompt", "answer"} <= given.keys():
         return ("alpaca" if {"input", "history"} & given.keys() else "pairs"), None
@@ -146,9 +182,10 @@ def _form_of(record: dict, given: dict[str, str]) -> tuple[str, str | None] | No
             return form, field
     if "messages" in given:
         return None
-    if "instruction" in record and ("output" in record or "response" in record):
+    has = record.keys()
+    if "instruction" in has and not has.isdisjoint(PARTS["alpaca"]["answer"]):
         return "alpaca", None
-    if any(prompt in record and answer in record for prompt, answer in PAIRS):
+    if not has.isdisjoint(_PROMPTS) and not has.isdisjoint(_ANSWERS):
         return "pairs", None
     return None
 
@@ -157,19 +194,18 @@ def _kind_of_messages(value: Any) -> str | None:
     """ "openai" or "sharegpt", by the keys of the first message."""
     try:
         first = next(iter(_messages(value)), None)
-        first = _object(first, "bad message")
+        first = as_object(first, "bad message")
     except ChatError:
         return None
     if not isinstance(first, dict):
         return None
-    return "openai" if "role" in first else "sharegpt" if "from" in first and "value" in first else None
+    return (
+        "openai" if "role" in first else "sharegpt" if first_of(first, SPEAKER) and first_of(first, CONTENT) else None
+    )
 
 
-def _present(choices: tuple[str, ...], there: Counter) -> str | None:
-    return next((choice for choice in choices if choice in there), None)
-
-
-def _listed(there: Counter) -> str:
+def listed(there: Iterable[str]) -> str:
+    """Names of fields, the first 20 and each cut to 40 characters, in one line."""
     names = [name if len(name) < 40 else name[:37] + "..." for name in there]
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "no fields"
 
@@ -180,75 +216,26 @@ def _listed(there: Counter) -> str:
 def _openai(record: dict, parts: dict[str, str]) -> list:
     field = parts["messages"]
     if field not in record:
-        names = _listed(Counter(record.keys()))
+        names = listed(record)
         raise ChatError("no messages", f"the record has no {field} (messages_field), only {names}")
     messages = record[field]
     if type(messages) is not list:
         messages = _messages(messages)
-    return messages if _brief(messages) else [_openai_message(message) for message in messages]
+    return messages if _plain(messages) else read_messages(messages)
+
+
+def _plain(messages: list) -> bool:
+    """Whether all messages are objects with a known role and no more than content beside it."""
+    try:
+        roles, _ = zip(*map(_both, messages), strict=True)
+        return _KNOWN.issuperset(roles) and max(map(len, messages)) == 2
+    except (TypeError, KeyError, ValueError):  # no objects, keys with other names, no messages
+        return False
 
 
 def _brief(messages: list) -> bool:
     """Whether all messages are objects with no more than role and content."""
     return set(map(type, messages)) == {dict} and max(map(len, messages)) <= 2
-
-
-def _openai_message(message: Any) -> Any:
-    """One message with its tool calls as objects, the old function calls as tool calls."""
-    message = _object(message, "bad message")
-    if not isinstance(message, dict):
-        return message
-    if isinstance(message.get("tool_calls"), (str, list)) and message["tool_calls"]:
-        message = {**message, "tool_calls": _calls(message["tool_calls"])}
-    if "function_call" in message:
-        message = {**message}
-        if call := message.pop("function_call"):
-            message["tool_calls"] = [*(message.get("tool_calls") or []), *_calls(call)]
-    if message.get("role") == "function":
-        message = {**message, "role": "tool"}
-    return message
-
-
-def _calls(value: Any) -> list:
-    """Tool calls: one or several, each an object, JSON text, or {"name", "arguments"} by itself."""
-    value = _parsed(value, "bad tool call")
-    calls = []
-    for call in value if isinstance(value, list) else [value]:
-        call = _object(call, "bad tool call")
-        if isinstance(call, dict) and isinstance(call.get("function"), str):
-            call = {**call, "function": _object(call["function"], "bad tool call")}
-        if isinstance(call, dict) and "function" not in call:
-            kept = {key: call[key] for key in ("id",) if key in call}
-            call = {**kept, "type": "function", "function": {k: v for k, v in call.items() if k not in ("id", "type")}}
-        calls.append(call)
-    return calls
-
-
-def _sharegpt(record: dict, parts: dict[str, str]) -> list:
-    return [_sharegpt_message(message) for message in _openai(record, parts)]
-
-
-def _sharegpt_message(message: Any) -> Any:
-    if not isinstance(message, dict) or "from" not in message:
-        return message
-    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    speaker, content = message["from"], message.get("value")
-    role = SPEAKERS.get(speaker.lower().strip(), speaker) if isinstance(speaker, str) else speaker
-    if role == "call":
-        return {"role": "assistant", "content": None, "tool_calls": _calls(content), **rest}
-    return {"role": role, "content": content, **rest}
-
-
-def _alpaca(record: dict, parts: dict[str, str]) -> list:
-    texts = [_text(record, parts, part) for part in ("prompt", "input")]
-    messages = []
-    history = _parsed(_value(record, parts, "history"), "bad history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ChatError("bad history", "not a list of pairs of texts")
-    for question, answer in history:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    prompt = "\n\n".join(text for text in texts if text)
-    return [*messages, {"role": "user", "content": prompt}, _answer(record, parts)]
 
 
 def _value(record: dict, parts: dict[str, str], part: str) -> Any:
@@ -275,28 +262,57 @@ def _answer(record: dict, parts: dict[str, str]) -> dict:
 
 
 def _pairs(record: dict, parts: dict[str, str]) -> list:
-    prompt, answer = record.get(parts["prompt"]), record.get(parts["answer"])
+    prompt, answer = _said(record.get(parts["prompt"])), _said(record.get(parts["answer"]))
+    more = _text(record, parts, "input")
+    before = _history(record, parts)
     if isinstance(prompt, list):  # of messages: what was said before is not trained
-        before = [_sharegpt_message(_openai_message(message)) for message in prompt]
-        before = [{"weight": 0, **m} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in before]
+        if more:
+            raise ChatError("bad input", f"{parts['input']} beside a prompt of messages")
+        said = read_messages(prompt)
+        before += [{"weight": 0, **m} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in said]
     else:
-        before = [{"role": "user", "content": _text(record, parts, "prompt") if prompt else prompt}]
-    if isinstance(answer, dict):
-        answer = [answer]
-    if isinstance(answer, list):
-        return before + [_sharegpt_message(_openai_message(message)) for message in answer]
-    return [*before, _answer(record, parts)]
+        texts = [text for text in (_text(record, parts, "prompt"), more) if text]
+        before.append({"role": "user", "content": None if prompt is None and not more else "\n\n".join(texts)})
+    return before + (read_messages(answer) if isinstance(answer, list) else [_answer(record, parts)])
+
+
+def _history(record: dict, parts: dict[str, str]) -> list:
+    """What was said before, as pairs of texts or as messages."""
+    found = []
+    history = _value(record, parts, "history") or []
+    if isinstance(history, str) and history.lstrip()[:1] in ("", "["):
+        history = parsed(history, "bad history") or []
+    for entry in history if isinstance(history, list) else [history]:
+        if isinstance(entry, dict):
+            found += read_messages([entry])
+        elif isinstance(entry, list) and len(entry) == 2:
+            found += [{"role": "user", "content": entry[0]}, {"role": "assistant", "content": entry[1]}]
+        else:
+            raise ChatError("bad history", "not a list of pairs of texts; fields: {history: null} leaves it out")
+    return found
+
+
+def _said(value: Any) -> Any:
+    """A prompt or an answer: messages as a list, also if they are one object or JSON text; a text as it is."""
+    if isinstance(value, str) and value.lstrip()[:2] == "[{":
+        try:
+            messages = loads_text(value)
+        except NotJSON:
+            return value
+        spoken = all(isinstance(m, dict) and first_of(m, SPEAKER) and first_of(m, CONTENT) for m in messages)
+        return messages if spoken else value
+    return [value] if isinstance(value, dict) else value
 
 
 _READERS: dict[str, Callable[[dict, dict[str, str]], list]] = {
-    "openai": _openai, "sharegpt": _sharegpt, "alpaca": _alpaca, "pairs": _pairs,
+    "openai": _openai, "sharegpt": _openai, "alpaca": _pairs, "pairs": _pairs,
 }  # fmt: skip
 
 
 def _messages(value: Any) -> list:
     """Messages given as a list, as JSON text, or as an object of equally long lists (as Hugging Face datasets stores
     a Sequence)."""
-    value = _parsed(value, "bad messages")
+    value = parsed(value, "bad messages")
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         if len({len(column) for column in value.values()}) > 1:
             raise ChatError("bad messages", "lists of different lengths")
@@ -306,45 +322,3 @@ def _messages(value: Any) -> list:
     if not isinstance(value, list):
         raise ChatError("bad messages", f"a {type(value).__name__}, not a list")
     return value
-
-
-# --- tools and JSON text -----------------------------------------------------------------------------------
-
-
-def _tools(value: Any) -> list:
-    """Tool definitions, each an object whose parts are objects too."""
-    value = _parsed(value, "bad tools")
-    if isinstance(value, dict):  # one tool by itself
-        value = [value]
-    if not value:
-        return []
-    if not isinstance(value, list):
-        raise ChatError("bad tools", f"a {type(value).__name__}, not a list")
-    return [_tool(tool) for tool in value]
-
-
-def _tool(tool: Any) -> Any:
-    tool = _object(tool, "bad tools")
-    if isinstance(tool, dict):
-        for key in ("function", "parameters", "inputSchema", "input_schema"):
-            if isinstance(tool.get(key), (str, dict)) and tool[key]:
-                inner = _object(tool[key], "bad tools")
-                tool = {**tool, key: _tool(inner) if key == "function" else inner}
-    return tool
-
-
-def _object(value: Any, reason: str) -> Any:
-    """What may be an object's JSON text, as the object; any other value as it is."""
-    return _parsed(value, reason) if isinstance(value, str) and value.lstrip()[:1] == "{" else value
-
-
-def _parsed(value: Any, reason: str) -> Any:
-    """What may be JSON text, parsed; blank text is None."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return loads_text(value)
-    except NotJSON as error:
-        raise ChatError(reason, f"text that is not JSON: {error}") from None

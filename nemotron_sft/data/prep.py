@@ -38,6 +38,7 @@ from nemotron_sft.config import Prep
 from nemotron_sft.console import progress, say
 from nemotron_sft.data import plan as plans
 from nemotron_sft.data.decontaminate import WORDS
+from nemotron_sft.data.forms import listed
 from nemotron_sft.data.merge import merge
 from nemotron_sft.data.packed import read_metadata
 from nemotron_sft.data.packing import pack
@@ -108,7 +109,8 @@ def run_shard(cfg: Prep) -> str:
 def describe_inputs(todo: Plan) -> None:
     """Say how each dataset is read, and what it is compared with, one line each."""
     for dataset, form in zip(todo.datasets, todo.forms, strict=True):
-        say(f"dataset {dataset.name}: {form}{'' if dataset.form else ', by its first records'}")
+        unread = f"; not read: {listed(form.unread)}" if form.unread else ""
+        say(f"dataset {dataset.name}: {form}{'' if dataset.form else ', by its first records'}{unread}")
     if todo.evaluation:
         about = todo.evaluation.describe()
         short = f"; {about['too_short']:,} are too short to be found again" if about["too_short"] else ""

@@ -232,6 +232,10 @@ def _malformed(file: File, line: bytes, error: NotJSON) -> ValueError:
     """The same error, with a look at the line."""
     _refuse_pointer(file, line)
     hint = "the file may be cut off; " if not line.endswith(b"\n") else ""
+    if line.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+        return ValueError(str(error), ": it is compressed and not named so (.gz, .zst)")
+    if line.strip() == b"{":
+        hint = "a record is one line, or an element of one JSON array; "
     return ValueError(str(error), f": {hint}the line begins {line[:60].decode(errors='replace').rstrip()!r}")
 
 

@@ -25,6 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nemotron_sft.console import say
 from nemotron_sft.data.blend import Dataset
 from nemotron_sft.data.hub import endpoint, fetch
 from nemotron_sft.data.reading import COLUMNAR, COMPRESSED, FORMATS, File
@@ -32,6 +33,8 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.paths import ROOT
 
 HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w-][\w.-]*/[\w.-]+")
+_TRAIN = re.compile(r"(^|[/._-])train($|[/._-])")
+_HELD_OUT = re.compile(r"(^|[/._-])(test|valid|validation|val|dev|eval)($|[/._-])")
 # What Hugging Face datasets writes beside the data; a directory with one of them is taken as a hub dataset is.
 INFO_FILES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
@@ -74,13 +77,23 @@ def _glob(path: Path) -> list[Path]:
 def _directory(folder: Path, dataset: Dataset) -> list[File]:
     """The files of a directory, cloned from the hub, written by save_to_disk, cached, or of the user's own making."""
     names = []
-    for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_hidden(name)]  # .git and .cache hold copies of the data
+    been: set[Path] = set()  # links to folders are followed, in no circle
+    for where, folders, files in os.walk(folder, followlinks=True):
+        # .git and .cache hold copies of the data
+        folders[:] = [name for name in folders if not _is_hidden(name) and _is_new(Path(where, name), been)]
         names += [Path(where, name).relative_to(folder).as_posix() for name in files]
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     like_hub = any(name.rpartition("/")[2] in INFO_FILES for name in names) or (folder / ".gitattributes").is_file()
     return [_local(folder / name, name) for name in select(sorted(names), _card(text), dataset, hub=like_hub)]
+
+
+def _is_new(folder: Path, been: set[Path]) -> bool:
+    """Whether a folder, wherever it really lies, has not been entered yet."""
+    real = folder.resolve()
+    new = real not in been and not folder.parent.resolve().is_relative_to(real)
+    been.add(real)
+    return new
 
 
 def _matching(pattern: Path, matches: list[Path], dataset: Dataset) -> list[File]:
@@ -95,7 +108,10 @@ def _matching(pattern: Path, matches: list[Path], dataset: Dataset) -> list[File
 def _local(path: Path, name: str) -> File:
     if not _has_format(path.name) or path.name in INFO_FILES:
         raise UserError(f"{path}: not a data file; known are {' '.join(FORMATS)}, also with {' '.join(COMPRESSED)}")
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; a broken link?") from None
     return File(str(path), str(path), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}", name=name)
 
 
@@ -135,6 +151,8 @@ def _remote(dataset: Dataset) -> list[File]:
             base = str(path).rstrip("/") + "/"
             names = {info["name"].removeprefix(base): info for info in infos}
             infos = [names[name] for name in select(sorted(names), {}, dataset, hub=False)]
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"dataset {dataset.name}: {dataset.path} needs a package: {error}") from None
     except Exception as error:  # every backend has its own exceptions
@@ -226,13 +244,24 @@ def select(names: list[str], card: dict, dataset: Dataset, *, hub: bool) -> list
     files = [n for n in data if all(re.search(rf"(^|[/._-]){re.escape(w)}($|[/._-])", n) for w in words)]
     if not files and words == ["train"] and not parts:
         files = data  # nothing is named after a split, so everything is training data
-    if hub and not words and len(files) > 1:
-        files = [n for n in files if re.search(r"(^|[/._-])train($|[/._-])", n)] or files
+    if not words and len(files) > 1:
+        files = _training_of(files, dataset, hub)
     if not files:
         there = sorted({split for _, split, _ in parts} | {config for config, _, _ in parts}) or data[:10]
         wanted, listed = " ".join(words) or "data files", ", ".join(there) or "no data file"
         raise UserError(f"dataset {dataset.name}: no {wanted} in {dataset.path}; there is {listed}")
     return files
+
+
+def _training_of(files: list[str], dataset: Dataset, hub: bool) -> list[str]:
+    """The files of the training split, if some are named after it and (but on the hub) others after another split."""
+    train = [name for name in files if _TRAIN.search(name)]
+    held_out = [name for name in files if name not in train and (hub or _HELD_OUT.search(name))]
+    if not train or not held_out:
+        return files
+    chosen = [name for name in files if name not in held_out]
+    say(f"dataset {dataset.name}: {len(chosen)} of {len(files)} files; without split, {held_out[0]} is left out")
+    return chosen
 
 
 def _parts(card: dict) -> Iterator[tuple[str, str, list[str]]]:

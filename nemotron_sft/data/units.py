@@ -31,6 +31,7 @@ from nemotron_sft.errors import UserError
 LENGTH_EDGES = [0, *(2**k for k in range(4, 21))]  # of the length histogram, in tokens
 BATCH_CHARACTERS = 2 << 20  # of text tokenized in one call
 CONTAMINATED = "in an evaluation set"
+LABEL = "label"  # of a record of KTO's data: whether its answer is a good one
 SUMS = ("records_read", "records_matched", "records_kept", "passes")
 
 
@@ -111,6 +112,9 @@ class _Work:
 
     def rendered(self, record: dict) -> tuple[int, list]:
         """A record's conversation as its hash, and its training sequences. Raises ChatError."""
+        if record.get(LABEL) is False and LABEL not in self.dataset.filter:
+            hint = 'the answer is a bad one; "filter": {"label": true} in the blend leaves such records out'
+            raise ChatError("rejected answer", f"label is false: {hint}")
         messages, tools = self.form.conversation(record, self.flags)
         if self.todo.evaluation and (shared := self.todo.evaluation.shared(messages)):
             raise ChatError(CONTAMINATED, shared)
@@ -127,7 +131,7 @@ class _Work:
 
     def records(self) -> Iterator[tuple[tuple[int, int], dict]]:
         """((index of the piece, position), record) of every record that passes the filter."""
-        columns = [*self.form.columns, *RECORD_KEYS, self.dataset.weight_field, *self.dataset.filter]
+        columns = [*self.form.columns, *RECORD_KEYS, LABEL, self.dataset.weight_field, *self.dataset.filter]
         for index, piece in enumerate(self.unit.pieces):
             for position, record in reading.read(piece, columns, partial(self.malformed, index)):
                 self.stats["records_read"] += 1

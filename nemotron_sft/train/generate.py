@@ -184,23 +184,34 @@ def _for_inference(model) -> Iterator[None]:
     """Core's inference mode: caches are used, and no row is cut among tensor-parallel ranks, as one token can't be."""
     import torch
     from megatron.core.inference.utils import InferenceMode
-    from megatron.core.transformer.utils import set_model_to_sequence_parallel
-    from megatron.core.utils import get_model_config, unwrap_model
+    from megatron.core.utils import unwrap_model
 
     chunks = [unwrap_model(chunk) for chunk in model]
-    cut = [get_model_config(chunk).sequence_parallel for chunk in chunks]
-    for chunk, was in zip(chunks, cut, strict=True):
+    cut = [each for chunk in chunks for each in _what_cuts(chunk)]
+    for chunk in chunks:
         chunk.eval()
-        if was:
-            set_model_to_sequence_parallel(chunk, False)
     threads = torch.get_num_threads()
     if this_machine().on_cpu:
         torch.set_num_threads(1)  # one token's products are too small to share: waiting for one another costs more
     try:
+        for owner, name, value in cut:
+            setattr(owner, name, not value)
         with InferenceMode.active():
             yield
     finally:
         torch.set_num_threads(threads)
-        for chunk, was in zip(chunks, cut, strict=True):
-            if was:
-                set_model_to_sequence_parallel(chunk, True)
+        for owner, name, value in cut:
+            setattr(owner, name, value)
+
+
+def _what_cuts(chunk) -> list[tuple[Any, str, bool]]:
+    """(owner, attribute, value) of every switch of a model by which rows are cut among tensor-parallel ranks.
+
+    Core's set_model_to_sequence_parallel is not for a model that goes on to train: it turns on afterwards what was off
+    before, such as the layers of adapters, and leaves on what Bridge's adapters do themselves.
+    """
+    names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    owners = {id(each): each for module in chunk.modules() for each in (module, getattr(module, "config", None))}
+    found = [(each, name, True) for each in owners.values() for name in names if getattr(each, name, None) is True]
+    silent = [each for each in owners.values() if getattr(each, "disable_sequence_parallel_comm", None) is False]
+    return found + [(adapter, "disable_sequence_parallel_comm", False) for adapter in silent]

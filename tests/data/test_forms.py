@@ -90,6 +90,9 @@ FORMS = {
     "prompt and answer (prompt, completion)": [
         ({"prompt": "q", "completion": "a"}, [USER, ANSWER]),
         ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
+        ({"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, [USER, ANSWER]),
+        ({"prompt": USER, "completion": ANSWER}, [USER, ANSWER]),
+        ({"prompt": "q", "completion": '[{"x": 1}]'}, [USER, {**ANSWER, "content": '[{"x": 1}]'}]),
         (
             {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [ANSWER]},
             [SYSTEM, USER, {**ANSWER, "weight": 0}, USER, ANSWER],
@@ -98,7 +101,27 @@ FORMS = {
     "prompt and answer (prompt, response)": [({"prompt": "q", "response": "a", "id": 7}, [USER, ANSWER])],
     "prompt and answer (question, answer)": [({"question": "q", "answer": "a"}, [USER, ANSWER])],
     "prompt and answer (input, output)": [({"input": "q", "output": "a"}, [USER, ANSWER])],
+    "prompt and answer (query, response, system, history)": [
+        (
+            {"system": "s", "query": "q", "response": "a", "history": [["h", "i"]]},
+            [SYSTEM, {"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}, USER, ANSWER],
+        ),
+        (
+            {"system": "s", "query": "q", "response": "a", "history": json.dumps([USER, ANSWER])},
+            [SYSTEM, USER, ANSWER, USER, ANSWER],
+        ),
+    ],
+    "prompt and answer (question, context, answer)": [
+        ({"question": "q", "context": "c", "answer": "a"}, [{**USER, "content": "q\n\nc"}, ANSWER]),
+    ],
+    "prompt and answer (question, answer, thinking)": [
+        ({"question": "q", "thinking": "so it is", "answer": "a"}, [USER, {**ANSWER, "reasoning_content": "so it is"}]),
+    ],
+    "prompt and answer (question, response, system_prompt)": [
+        ({"system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, USER, ANSWER]),
+    ],
     "prompt and answer (input, output, system_prompt)": [
+        ({"input": [USER], "output": "a", "system_prompt": "s", "reasoning": "on"}, [SYSTEM, USER, ANSWER]),
         ({"input": [USER], "output": "a", "system_prompt": "s", "license": "x"}, [SYSTEM, USER, ANSWER]),
     ],
 }
@@ -161,6 +184,87 @@ def test_tools_and_calls(record, messages):
     assert [tool.get("function", tool) for tool in tools] == [FUNCTION]
 
 
+OTHER_ROLES = [
+    [{"role": "Human", "content": "q"}, {"role": "gpt", "content": "a"}],
+    [{"role": "user ", "content": "q"}, {"role": "model", "content": "a"}],
+    [{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}],
+    [{"from": "human", "content": "q"}, {"from": "gpt", "content": "a"}],
+    [{"speaker": "user", "text": "q"}, {"speaker": "assistant", "text": "a"}],
+]
+
+
+@pytest.mark.parametrize("messages", OTHER_ROLES)
+def test_roles_and_keys_by_other_names_also_later_in_a_file(messages):
+    assert read({"messages": messages})[1] == [USER, ANSWER]
+    assert read({"messages": [USER, ANSWER]})[0].conversation({"messages": messages})[0] == [USER, ANSWER]
+
+
+FIRST, SECOND = ({"name": "f", "arguments": {"x": x}} for x in (1, 2))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "tool_call", "content": json.dumps(FIRST)}, {"role": "tool_call", "content": json.dumps(SECOND)}],
+        [{"from": "function_call", "value": json.dumps([FIRST, SECOND])}],
+        [{"role": "assistant", "content": ""}, {"role": "tool_call", "content": [FIRST, SECOND]}],
+        [
+            {
+                "role": "assistant",
+                "tool_calls": [{"name": "f", "input": {"x": 1}}, {"name": "f", "parameters": {"x": 2}}],
+            }
+        ],
+        [{"role": "assistant", "tool_calls": json.dumps([{"function": FIRST}, {"function": SECOND}])}],
+        [{"role": "assistant", "tool_calls": {"name": "f", "args": {"x": 1}}}, {"from": "tool_call", "value": SECOND}],
+    ],
+)
+def test_parallel_calls_are_one_answer_with_their_arguments(messages):
+    results = [{"role": "ipython", "content": "1"}, {"from": "observation", "value": "2"}]
+    _, found, _ = read({"messages": [USER, *messages, *results, ANSWER]})
+    assert [message["role"] for message in found] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [call["function"] for call in found[1]["tool_calls"]] == [FIRST, SECOND]
+
+
+def test_a_call_of_another_flag_or_with_reasoning_before_it():
+    call = {"role": "tool_call", "content": "<think>why</think>" + json.dumps(FIRST), "loss": False}
+    _, found, _ = read({"messages": [USER, ANSWER, call]})
+    assert found[1] == ANSWER and found[2]["content"] == "<think>why</think>" and found[2]["loss"] is False
+    assert found[2]["tool_calls"][0]["function"] == FIRST
+
+
+@pytest.mark.parametrize("nothing", ["", [], None, "[]", "null"])
+def test_no_calls_in_any_form(nothing):
+    assert read({"messages": [USER, {**ANSWER, "tool_calls": nothing}]})[1] == [USER, ANSWER]
+
+
+def test_tools_of_a_system_message_or_another_column():
+    for key in ("tools", "functions"):
+        _, messages, tools = read({"messages": [{**SYSTEM, key: json.dumps([TOOL])}, USER, ANSWER]})
+        assert (messages, tools) == ([SYSTEM, USER, ANSWER], [TOOL])
+    assert read({"messages": [USER, ANSWER], "available_tools": [TOOL]})[2] == [TOOL]
+    with pytest.raises(ChatError, match="an object without a name"):
+        read({"messages": [USER, ANSWER], "tools": {"f": {"description": "d"}}})
+
+
+@pytest.mark.parametrize("key", ["function_calls", "toolCalls", "reasoning_details", "thought", "channel"])
+def test_what_no_template_reads_is_refused(key):
+    with pytest.raises(ChatError, match=f"an answer has {key}"):
+        read({"messages": [USER, {**ANSWER, key: "analysis"}]})
+    assert read({"messages": [USER, {**ANSWER, key: None}]})[1][0] == USER
+
+
+def test_what_is_not_read_is_named():
+    form = read({"messages": [USER, ANSWER], "images": ["a.png"], "metadata": {}, "weight": 1, "id": 3})[0]
+    assert form.unread == ("images", "id")
+
+
+def test_a_part_can_be_left_out():
+    record = {"query": "q", "response": "a", "history": "a note"}
+    with pytest.raises(ChatError, match="history: null"):
+        read(record)
+    assert read(record, fields={"history": None})[1] == [USER, ANSWER]
+
+
 def test_arguments_keep_their_form():
     """Text or object: a template may want either."""
     for arguments in ('{"x": 1}', {"x": 1}, {"x": None}):
@@ -206,7 +310,8 @@ def test_the_blend_can_say_it():
     ("record", "entry", "words"),
     [
         ({"text": "long", "id": 1}, {}, "no conversations recognised in its first records, which have text, id"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {}, "which have prompt, chosen, rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {}, "fields: {prompt: prompt, answer: chosen} trains"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER]}, {}, "messages_field: chosen trains on the chosen"),
         ({"messages": "text"}, {}, "which have messages"),
         ({"text": "x"}, {"form": "alpaca"}, "needs a field for prompt, and no record has instruction, only text"),
         ({"text": "x"}, {"form": "pairs", "fields": {"prompt": "text"}}, "needs a field for answer"),

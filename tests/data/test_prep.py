@@ -221,6 +221,17 @@ def test_weights_are_passes(configured, tmp_path):
         assert entry["realised_share"] == pytest.approx(entry["sequences"] / sum(counts.values()))
 
 
+def test_an_answer_that_is_labelled_bad_is_not_trained(configured, tmp_path):
+    """KTO's data has good and bad answers."""
+    path = jsonl(tmp_path / "a.jsonl", [{**record, "label": i > 1} for i, record in enumerate(records(10))])
+    with pytest.raises(UserError, match=r'a.jsonl:1: rejected answer: .*"filter": {"label": true}'):
+        prep.run(configured(path))
+    metadata = prep.run(configured(path, filter={"label": True}))
+    assert metadata["blend"]["datasets"][0]["records_kept"] == 8
+    metadata = prep.run(configured(path, "max_drop_ratio=0.2", output="dropped"))
+    assert metadata["blend"]["datasets"][0]["dropped"]["rejected answer"]["count"] == 2
+
+
 def test_filter(configured, tmp_path):
     rows = [chat("a", "b", used_in=["nano_v3", "x"]), chat("c", "d", used_in=["x"]), chat("e", "f")]
     metadata = prep.run(configured(jsonl(tmp_path / "a.jsonl", rows), filter={"used_in": "nano_v3"}))

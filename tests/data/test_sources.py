@@ -112,7 +112,7 @@ def test_places(tmp_path, monkeypatch):
     write(tmp_path / "d/.hidden.jsonl", b"junk")
     write(tmp_path / "d/notes.txt", b"junk")
     assert read_all(find(tmp_path / "d", split="train")) == RECORDS * 2
-    assert len(read_all(find(tmp_path / "d"))) == 2 * 257 + 1
+    assert read_all(find(tmp_path / "d")) == RECORDS * 2
     assert read_all(find(tmp_path / "d/*.jsonl", split="train")) == [*RECORDS, {"n": -1}]
     assert read_all(find(tmp_path / "d/**/*.gz")) == RECORDS
     assert read_all(find((tmp_path / "d/train-00000-of-00002.jsonl").as_uri())) == RECORDS
@@ -179,6 +179,7 @@ def test_choice_by_card(fields, expected):
         (["train.jsonl", "test.jsonl"], {"split": "train"}, ["train.jsonl"]),
         (["train.jsonl", "test.jsonl"], {}, ["train.jsonl"]),
         (["a.jsonl", "b.jsonl"], {"split": "train"}, ["a.jsonl", "b.jsonl"]),
+        (["a.jsonl", "test.jsonl"], {}, ["a.jsonl", "test.jsonl"]),
         (
             ["en/train-0.parquet", "de/train-0.parquet"],
             {"subset": "de", "split": "train"},
@@ -188,6 +189,26 @@ def test_choice_by_card(fields, expected):
 )
 def test_choice_by_name(names, fields, expected):
     assert sources.select(names, {}, Dataset(name="d", path="p", **fields), hub=True) == expected
+
+
+@pytest.mark.parametrize("other", ["test.jsonl", "dev/a.jsonl", "x-validation-0.parquet", "eval.json"])
+def test_a_directory_with_splits_gives_its_training_split_and_says_so(capsys, other):
+    names = ["extra.jsonl", other, "train.jsonl"]
+    found = sources.select(sorted(names), {}, Dataset(name="d", path="p"), hub=False)
+    assert found == ["extra.jsonl", "train.jsonl"]
+    assert f"dataset d: 2 of 3 files; without split, {other} is left out" in capsys.readouterr().err
+
+
+def test_links(tmp_path):
+    write(tmp_path / "real/a.jsonl")
+    write(tmp_path / "d/b.jsonl", b"")
+    (tmp_path / "d/sub").symlink_to(tmp_path / "real")
+    (tmp_path / "d/again").symlink_to(tmp_path / "real")
+    (tmp_path / "d/circle").symlink_to(tmp_path)
+    assert read_all(find(tmp_path / "d")) == RECORDS
+    (tmp_path / "d/gone.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"gone.jsonl: no such file or directory; a broken link"):
+        find(tmp_path / "d")
 
 
 def in_fresh_process(code, server, home):
@@ -243,6 +264,8 @@ def test_hub_errors(tmp_path):
         ("a.jsonl", b'{"n": "\xff"}\n', "a.jsonl:1: not JSON"),
         ("a.json", b'[{"n": 1},\n {"n": }]', "a.json:2: not JSON"),
         ("a.json", b"[1]", "a.json:1: int instead of a JSON object"),
+        ("a.jsonl", gzip.compress(JSONL), "compressed and not named so"),
+        ("a.json", b'{\n "n": 1\n}', "a record is one line, or an element of one JSON array"),
         ("a.jsonl.gz", b"junk", "damaged .gz file"),
         ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-20], "damaged .gz file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n{]\n", mtime=0), "a.jsonl.gz:2: not JSON"),

@@ -8,6 +8,7 @@ from test_batches import make_packs
 from nemotron_sft.train.batches import collate, packed_dataset_provider
 from nemotron_sft.train.checkpoints import alone
 from nemotron_sft.train.compat.cpu import adapt_model
+from nemotron_sft.train.generate import _for_inference
 from nemotron_sft.train.step import ForwardStep
 
 
@@ -56,3 +57,24 @@ def test_heads_that_predict_further_learn_no_label_that_is_not_trained(bridge):
     plain, other, kept = gradients
     assert plain.abs().max() > 0.01
     assert torch.allclose(plain, other, atol=1e-6) and torch.allclose(plain, kept, atol=1e-5)
+
+
+def test_answering_leaves_every_switch_of_sequence_parallelism_as_it_was(bridge):
+    import torch
+
+    def module(*children, **switches):
+        made = torch.nn.Sequential(*children)
+        vars(made).update(switches)
+        return made
+
+    config, own = SimpleNamespace(sequence_parallel=True), SimpleNamespace(sequence_parallel=True)
+    layer = module(config=config, sequence_parallel=True)
+    inner = module(config=own, sequence_parallel=False)  # as of an adapter
+    adapter = module(inner, disable_sequence_parallel_comm=False)
+    model = module(layer, adapter, config=config, scatter_to_sequence_parallel=True)
+    owners = (config, own, layer, inner, adapter, model)
+    before = [{name: value for name, value in vars(each).items() if "sequence" in name} for each in owners]
+    with _for_inference([model]):
+        assert not any(getattr(each, "sequence_parallel", False) for each in owners)
+        assert adapter.disable_sequence_parallel_comm and not model.scatter_to_sequence_parallel
+    assert before == [{name: value for name, value in vars(each).items() if "sequence" in name} for each in owners]

@@ -2,8 +2,8 @@
 
 Obeyed or refused, never ignored. On a message: `weight` (OpenAI), `train`, `training`, `trainable` (Axolotl and
 others) and `loss` (ms-swift), each true or false, or 1 or 0. On a record: `train_turns`, one boolean per message,
-by itself or inside `metadata` (NVIDIA's Nemotron datasets), `chat_template_kwargs`, and `weight`, what its tokens count
-in the loss.
+by itself or inside `metadata` (NVIDIA's Nemotron datasets), `loss_mask`, the same (LLaMA-Factory), `mask`, who is not
+trained (NeMo), `chat_template_kwargs`, and `weight`, what its tokens count in the loss.
 """
 
 from __future__ import annotations
@@ -14,10 +14,21 @@ import orjson
 
 from nemotron_sft.data.chat.messages import ChatError
 
-RECORD_KEYS = ("chat_template_kwargs", "metadata", "train_turns")  # what `per_record` reads
+RECORD_KEYS = ("chat_template_kwargs", "metadata", "train_turns", "loss_mask", "mask")  # what `per_record` reads
+_RECORD_KEYS = frozenset(RECORD_KEYS)
+_NOT_TRAINED = ("user", "human", "system", "none", "")  # what NeMo's mask may name
 MESSAGE_FLAGS = ("weight", "train", "training", "trainable", "loss")
 MOST_WEIGHT = 1_000_000  # of a record
-UNREADABLE_FLAGS = ("train_detail", "training_detail", "loss_scale", "loss_mask", "loss_weight", "masked")
+UNREADABLE_FLAGS = (
+    "train_detail",
+    "training_detail",
+    "loss_scale",
+    "loss_mask",
+    "loss_weight",
+    "masked",
+    "mask",
+    "ignore",
+)
 _FLAGS = frozenset((*MESSAGE_FLAGS, *UNREADABLE_FLAGS))
 
 
@@ -26,10 +37,14 @@ def per_record(record: dict) -> dict[str, Any]:
 
     Raises ChatError for what cannot be read, also where it is JSON text that is broken.
     """
+    if _RECORD_KEYS.isdisjoint(record):
+        return {}
     found = {}
     if kwargs := _object(record.get("chat_template_kwargs"), "chat_template_kwargs"):
         found["chat_template_kwargs"] = kwargs
-    turns = record.get("train_turns")
+    turns = _same(record.get("train_turns"), record.get("loss_mask"))
+    if (mask := record.get("mask")) and not (isinstance(mask, str) and mask.lower() in _NOT_TRAINED):
+        raise ChatError("bad training flag", f"mask is {str(mask)[:40]!r}: only who is never trained can be masked")
     metadata = record.get("metadata")
     if (
         turns is None and isinstance(metadata, (dict, str)) and "train_turns" in metadata
@@ -38,6 +53,13 @@ def per_record(record: dict) -> dict[str, Any]:
     if turns is not None:
         found["train_turns"] = turns
     return found
+
+
+def _same(turns: Any, mask: Any) -> Any:
+    """The one of the two that is there. Raises ChatError if they differ."""
+    if turns is not None and mask is not None and turns != mask:
+        raise ChatError("bad training flag", "train_turns and loss_mask differ")
+    return mask if turns is None else turns
 
 
 def record_weight(record: dict, name: str) -> float:
@@ -68,7 +90,7 @@ def trained_messages(messages: list[dict], train_turns: Any = None) -> list[bool
 def _turns(turns: Any, messages: list[dict]) -> list[bool]:
     """metadata.train_turns, checked."""
     if not isinstance(turns, list) or not all(value in (0, 1) for value in turns):
-        raise ChatError("bad training flag", "train_turns is not a list of booleans")
+        raise ChatError("bad training flag", "train_turns (or loss_mask) is not a list of booleans")
     if len(turns) != len(messages):
         raise ChatError("bad training flag", f"train_turns has {len(turns)} values for {len(messages)} messages")
     for index, (message, trained) in enumerate(zip(messages, turns, strict=True)):

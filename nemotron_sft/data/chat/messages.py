@@ -9,6 +9,7 @@ from typing import Any
 
 ROLES = ("user", "assistant", "system", "tool", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the names of an answer's reasoning, first wins
+_REASONING = frozenset(REASONING)
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THINKING_PARTS = ("thinking", "reasoning")
 
@@ -49,8 +50,17 @@ def _checked(message: Any, index: int) -> dict:
         if role not in ("assistant", "tool"):
             raise ChatError("no content", f"message {index}, a {role}'s, has no content")
         message = {**message, "content": None if role == "assistant" else ""}
+    elif role == "tool" and isinstance(content, (bool, int, float)):
+        message = {**message, "content": json.dumps(content)}
     elif not isinstance(content, str):
         _check_content(content, role, index)
+    elif role == "assistant":
+        message = _said_once(message, content)
+    return _called(message, index)
+
+
+def _called(message: dict, index: int) -> dict:
+    """The message with its calls checked, and the old function_call as one of them."""
     if "function_call" in message:
         message = {**message, "tool_calls": [{"type": "function", "function": message["function_call"]}]}
         del message["function_call"]
@@ -58,6 +68,17 @@ def _checked(message: Any, index: int) -> dict:
         message = {**message, "tool_calls": _checked_calls(message["tool_calls"], index)}
         if not message["tool_calls"]:
             del message["tool_calls"]
+    return message
+
+
+def _said_once(message: dict, content: str) -> dict:
+    """An answer without the reasoning at the start of its content, where its own field has the same."""
+    before, closed, rest = content.partition("</think>")
+    if not closed or _REASONING.isdisjoint(message):
+        return message
+    inline = before.strip().removeprefix("<think>").strip()
+    if inline and any(isinstance(message.get(name), str) and message[name].strip() == inline for name in REASONING):
+        return {**message, "content": rest.lstrip()}
     return message
 
 

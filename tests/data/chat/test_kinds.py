@@ -81,6 +81,8 @@ def test_answers_that_are_not_to_be_trained_stay_as_context(load, flags):
         {"metadata": {"train_turns": [0, 0, 0, 1], "source": "x"}},
         {"metadata": '{"train_turns": [false, false, false, true]}'},
         {"metadata": {"train_turns": None}, "train_turns": [False, False, False, True]},
+        {"loss_mask": [0, 0, 0, 1], "mask": "User"},
+        {"loss_mask": [0, 0, 0, 1], "train_turns": [False, False, False, True]},
     ],
 )
 def test_train_turns(record):
@@ -97,6 +99,10 @@ def test_train_turns(record):
         {"train_turns": [True, False, False, True]},  # asks to train a question
         {"metadata": {"train_turns": {}}},
         {"metadata": '{"train_turns": ['},
+        {"loss_mask": [0, 1]},  # per answer
+        {"loss_mask": [0, 0, 0, 1], "train_turns": [0, 1, 0, 1]},
+        {"mask": "Assistant"},
+        {"mask": [0, 0, 0, 1]},
     ],
 )
 def test_train_turns_that_cannot_be_obeyed_are_refused(record):
@@ -196,6 +202,14 @@ def test_a_tools_empty_result_is_legal(name):
         assert any(text for text in trained(load_template(name), chat))
 
 
+@both
+def test_a_tools_result_may_be_a_number_or_a_truth_value(marked):
+    for result, text in ((42, "42"), (0.5, "0.5"), (True, "true")):
+        chat = [USER, calling({}), {"role": "tool", "content": result}, ANSWER]
+        for template in (load_template("nano3"), jinja("{{ m.content }}", marked=marked)):
+            assert template.render(chat) == template.render([*chat[:2], {"role": "tool", "content": text}, ANSWER])
+
+
 NULL = (
     "{%- if m.content is none -%}{% for c in m.tool_calls %}{{ 'CALL ' + c.function.name + ' ' + "
     "(c.function.arguments if c.function.arguments is string else c.function.arguments | tojson) }}{% endfor %}"
@@ -278,6 +292,7 @@ REASONED = [
     {"thinking": "because"},
     {"reasoning": "because", "reasoning_content": "because"},
     {"reasoning_content": "", "thinking": "because"},
+    {"reasoning_content": "because", "content": "<think>\nbecause\n</think>\n\na"},  # said twice
     {"content": [{"type": "thinking", "thinking": "because"}, {"type": "text", "text": "a"}]},
     {"content": [{"type": "reasoning", "text": "because"}, {"type": "text", "text": "a"}]},
     {
