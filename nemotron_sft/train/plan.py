@@ -12,6 +12,7 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.train import propose
 from nemotron_sft.train.container import build, check_division, replicas
 from nemotron_sft.train.estimate import GIB, held, memory, tokens_with_logits
+from nemotron_sft.train.prompts import load_prompts
 from nemotron_sft.train.sizes import sizes
 from nemotron_sft.train.speed import seconds_per_step
 from nemotron_sft.train.start import Machine, log_to_file, start_bridge
@@ -25,7 +26,7 @@ def plan(config: TrainConfig) -> None:
     """Print what the run would need, on any machine and without weights. Data may still be missing.
 
     Where the division that was asked for cannot work, or does not fit, or none was asked for, divisions that fit are
-    listed, too. Raises UserError if it cannot work.
+    listed, too. Raises UserError if it cannot work, or the data is there and a prompt cannot be asked or scored.
     """
     world_size = _world_size(config)
     data_dir = metadata = None
@@ -33,6 +34,7 @@ def plan(config: TrainConfig) -> None:
         data_dir = find_data(config.data.path, config.output_dir)
     if data_dir and data_dir.exists():
         metadata = check_data(data_dir)
+    prompts = load_prompts(config.heldout, metadata) if metadata else None
     with log_to_file(Path(os.devnull)):
         start_bridge()
         machine = Machine(int(config.gpu.memory * GIB), world_size=world_size)
@@ -48,6 +50,8 @@ def plan(config: TrainConfig) -> None:
     if not refused:
         rows["data"] = str(data_dir) if metadata else "none yet"
         rows["starts from"] = config.init_from
+        for name, about in (prompts.about() if prompts else {}).items():
+            rows[f"score/{name}"] = f"{about['prompts']:,} prompts; {about['chance']:.1%} are right by chance"
         print(f"Preflight of {config.name}: nothing was allocated or written")
         for name, text in rows.items():
             print(f"  {name:<16} {text}")

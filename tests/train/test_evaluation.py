@@ -69,3 +69,14 @@ def test_a_bad_prompt_file_ends_the_command_before_there_is_a_run(tmp_path, tiny
     done = recipe("train", f"data={tiny_data}", f"run_dir={tmp_path / 'run'}", *SMALL, f"heldout.path={file}")
     assert done.returncode == 2 and f"{file}:1: unknown scorer" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_preflight_tells_the_level_of_chance_and_refuses_prompts(tmp_path, tiny_data, few_prompts):
+    done = recipe("train", f"data={tiny_data}", "preflight=true", f"heldout.path={few_prompts}")
+    answers = [json.loads(line)["answer"] for line in few_prompts.read_text().splitlines()]
+    level = max(map(answers.count, answers)) / len(answers)
+    assert done.returncode == 0 and f"8 prompts; {level:.1%} are right by chance" in done.stdout, done.stderr
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "?"}], "answer": "1", "score": "taste"}')
+    done = recipe("train", f"data={tiny_data}", "preflight=true", f"heldout.path={bad}")
+    assert done.returncode == 2 and f"{bad}:1: unknown scorer" in done.stderr and done.stderr.count("\n") == 1
