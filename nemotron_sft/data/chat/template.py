@@ -15,6 +15,10 @@ from nemotron_sft.data.chat.flags import trained_messages
 from nemotron_sft.data.chat.messages import ChatError, checked_tools, clean_messages, is_empty
 
 Span = tuple[str, str]  # (role, text)
+Messages = list[dict]
+Tools = list[dict] | None
+Flags = list[bool] | None  # per message
+Kwargs = dict[str, Any] | None
 MASKS = ("assistant", "last_turn", "all")
 HISTORIES = ("truncate", "keep")
 EMPTY_ANSWERS = ("drop", "train")
@@ -65,19 +69,17 @@ class Template:
     def __getstate__(self) -> dict:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
-    def render(
-        self, messages: list[dict], tools: list[dict] | None = None, chat_template_kwargs: dict | None = None
-    ) -> str:
+    def render(self, messages: Messages, tools: Tools = None, chat_template_kwargs: Kwargs = None) -> str:
         """The text of the whole conversation. Raises ChatError."""
         return self._text(*self._read(messages, tools), self._variables(chat_template_kwargs))
 
     def generation_prompt(
         self,
-        messages: list[dict],
-        tools: list[dict] | None = None,
+        messages: Messages,
+        tools: Tools = None,
         thinking: bool | None = None,
         effort: str | int | None = None,
-        chat_template_kwargs: dict | None = None,
+        chat_template_kwargs: Kwargs = None,
     ) -> str:
         """What the model is given to answer `messages`, up to the opening of an answer. Raises ChatError.
 
@@ -89,12 +91,7 @@ class Template:
         return self._prompt(*self._read(messages, tools), variables)
 
     def sequences(
-        self,
-        messages: list[dict],
-        tools: list[dict] | None = None,
-        *,
-        train_turns: list[bool] | None = None,
-        chat_template_kwargs: dict | None = None,
+        self, messages: Messages, tools: Tools = None, *, train_turns: Flags = None, chat_template_kwargs: Kwargs = None
     ) -> list[list[Span]]:
         """The sequences of a conversation. One without any trained answer is a single untrained sequence.
 
@@ -106,12 +103,7 @@ class Template:
         return self._found(messages, tools, trained, chat_template_kwargs)
 
     def training_sequences(
-        self,
-        messages: list[dict],
-        tools: list[dict] | None = None,
-        *,
-        train_turns: list[bool] | None = None,
-        chat_template_kwargs: dict | None = None,
+        self, messages: Messages, tools: Tools = None, *, train_turns: Flags = None, chat_template_kwargs: Kwargs = None
     ) -> list[list[Span]]:
         """The sequences with text to train on, at least one. Raises ChatError, also when there is none.
 
@@ -150,7 +142,7 @@ class Template:
             found = [[("assistant", text) for _, text in spans] for spans in found]
         return found
 
-    def _trained(self, messages: list[dict], train_turns: list[bool] | None) -> list[bool]:
+    def _trained(self, messages: Messages, train_turns: Flags) -> list[bool]:
         """Per message, whether it is an answer to train: what the record says, within what `mask` says."""
         trained = trained_messages(messages, train_turns)
         if self.mask == "all" and trained != [message["role"] == "assistant" for message in messages]:
@@ -169,7 +161,7 @@ class Template:
         asked = {} if self.thinking is None else {"enable_thinking": self.thinking}
         return {**asked, **(self.kwargs or {}), **(kwargs or {})}
 
-    def _read(self, messages: list[dict], tools: list[dict] | None) -> tuple[list[dict], list[dict]]:
+    def _read(self, messages: Messages, tools: Tools) -> tuple[list[dict], list[dict]]:
         """Messages and tools, checked and in the form that the template takes."""
         return clean_messages(messages), checked_tools(tools)
 
