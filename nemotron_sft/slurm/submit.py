@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemotron_sft.config import Prep, TrainConfig, check
 from nemotron_sft.errors import UserError
-from nemotron_sft.paths import ROOT, TYPED
+from nemotron_sft.paths import CONF, ROOT, TYPED
 from nemotron_sft.record import code_version
 from nemotron_sft.slurm.follow import Task, follow
 from nemotron_sft.slurm.script import Script, Slurm, write_scripts
@@ -158,6 +158,7 @@ def store(configs: list[DictConfig], folder: Path) -> None:
     shutil.copytree(ROOT / "nemotron_sft", code / "nemotron_sft", ignore=shutil.ignore_patterns("__pycache__"))
     for recipe in (ROOT / "recipes").glob("*.py"):  # beside the package, so that this copy is what they import
         shutil.copy(recipe, code)
+    shutil.copytree(CONF, code / "conf", ignore=shutil.ignore_patterns("local"))  # it holds models' config.json
     if (ROOT / "data").exists():  # what is shipped with the repository
         (code / "data").symlink_to(ROOT / "data")
     (folder / "version.txt").write_text(code_version.version())

@@ -13,7 +13,7 @@ from nemotron_sft.train.balance import Dealing
 from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.start import Machine
-from nemotron_sft.train.topology import check_topology
+from nemotron_sft.train.topology import check_topology, layers_of
 
 # Sections whose keys are set on the field of the same name of the ConfigContainer.
 SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoint", "ddp", "logger", "dist", "rng")
@@ -69,7 +69,16 @@ def _settings(container, config: TrainConfig, machine: Machine) -> None:
             tuning.fuse_activation(container.model)
     if getattr(container.model, "hybrid_layer_pattern", None):
         container.model.is_hybrid_model = True  # a bare HybridModelProvider does not say so, and Bridge's step asks
+        _check_pattern(container.model)
     container.peft = _peft(config, container.model)
+
+
+def _check_pattern(model) -> None:
+    """Raise UserError where a hybrid's pattern and its number of layers differ."""
+    layers = len(layers_of(model))
+    if model.num_layers not in (None, layers):
+        pattern = f"model.hybrid_layer_pattern={model.hybrid_layer_pattern}"
+        raise UserError(f"model.num_layers={model.num_layers}, but {pattern} has {layers}: set both")
 
 
 def _precision_and_overlap(container, config: TrainConfig) -> None:

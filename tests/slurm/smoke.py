@@ -18,8 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CLUSTER = ["-m", "cluster=slurm", "cluster.environment.MASTER_ADDR=127.0.0.1"]
-SMALL = ["model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.num_attention_heads=2",
-         "model.num_query_groups=2", "heldout.path=null", "train.train_iters=20",
+SMALL = ["model.hybrid_layer_pattern=MEM*", "model.num_layers=4", "model.hidden_size=64", "model.num_attention_heads=2",
+         "model.num_query_groups=2", "model.mamba_num_groups=2", "heldout.path=null", "train.train_iters=20",
          "train.global_batch_size=4", "train.packs_per_microbatch=2"]  # fmt: skip
 
 

@@ -84,6 +84,16 @@ def test_a_submission_holds_the_job_template(tmp_path):
     assert (tmp_path / "code/nemotron_sft/slurm/job.sh.jinja").read_text() == script.TEMPLATE.read_text()
 
 
+def test_a_submission_holds_every_file_that_the_code_reads(tmp_path):
+    """What the working tree holds beside the tests: a copy without a model's config.json asked the hub for it."""
+    submit.store([], tmp_path)
+    copied = subprocess.run(
+        ["git", "ls-files", "conf", "nemotron_sft", "data"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert len(names := copied.stdout.split()) > 100
+    assert [name for name in names if not (tmp_path / "code" / name).is_file()] == []
+
+
 def test_srun_is_told_the_cpus():
     slurm = submit.settings(composed("train", "cluster=slurm", "cluster.cpus_per_task=3").cluster)
     text = script.script("train", slurm, Path("/f"), "config-0.yaml")

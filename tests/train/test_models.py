@@ -158,3 +158,10 @@ def test_a_key_that_bridge_would_overrule_names_the_one_that_counts():
     assert container(8, "experiment=nano3_sft_8gpu").mixed_precision.grad_reduce_in_fp32 is False
     with pytest.raises(UserError, match=r"set mixed_precision\.grad_reduce_in_fp32, which Bridge copies to it"):
         container(8, "model=nemotron_3_nano", "ddp.grad_reduce_in_fp32=false")
+
+
+def test_a_pattern_of_another_number_of_layers_is_refused():
+    with pytest.raises(UserError, match=r"num_layers=2, but model\.hybrid_layer_pattern=M\*M\*E has 5: set both"):
+        container(1, "model=tiny", "model.num_layers=2")
+    for given in ("MEM|*", "MEM*/*E"):  # stages of a pipeline; a head for further tokens
+        assert container(8, "model=nemotron_3_nano", "model.num_layers=4", f"model.hybrid_layer_pattern={given}")
