@@ -34,6 +34,7 @@ def build(
     Without data (a preflight) both are None, and the model's own pack size and vocabulary stand.
     checked=False leaves `check_division` to the caller. Raises UserError for settings that cannot work together.
     """
+    _check_numbers(config)
     container = _base(config)
     _settings(container, config, machine)
     packs = _data_shape(container.model, config, metadata, data_dir)
@@ -169,6 +170,23 @@ def _length(container, config: TrainConfig, packs: dict[str, int], ranks: int) -
         validation.eval_iters = math.ceil(max(packs["validation"], packs["test"]) / step)
 
 
+def _check_numbers(config: TrainConfig) -> None:
+    """Raise UserError for lengths and intervals that no run can have."""
+    train, validation = config.train, config.validation
+    for name, value, least in (
+        ("train.train_iters", train.train_iters, 0),
+        ("train.global_batch_size", train.global_batch_size, 1),
+        ("train.packs_per_microbatch", train.packs_per_microbatch, 1),
+        ("validation.eval_interval", validation.eval_interval, 0),
+        ("validation.eval_iters", validation.eval_iters, 0),
+        ("logger.log_interval", config.logger.log_interval, 1),
+    ):
+        if isinstance(value, int) and value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
+    if train.epochs is not None and not train.epochs > 0:
+        raise UserError(f"train.epochs={train.epochs} must be above 0 (train.train_iters=0 only converts weights)")
+
+
 def _schedule(container, config: TrainConfig) -> None:
     """Weight decay and the length of the learning rate's decay."""
     scheduler = container.scheduler
@@ -178,6 +196,14 @@ def _schedule(container, config: TrainConfig) -> None:
     scheduler.override_opt_param_scheduler = True  # after a resume, too, the config decides
     if "lr_decay_iters" not in config.scheduler.bridge:
         scheduler.lr_decay_iters = None  # the whole run, whatever length the recipe had in mind
+    rate, least = container.optimizer.lr, container.optimizer.min_lr or 0.0
+    if rate is None or not rate > 0 or least < 0:
+        raise UserError(f"optimizer.lr={rate} must be above 0, and optimizer.min_lr={least} not below")
+    if rate < least:
+        raise UserError(
+            f"optimizer.lr={rate} is less than optimizer.min_lr={least}, at which the schedule ends: set "
+            "optimizer.min_lr as well"
+        )
 
 
 def _dataset(container, config: TrainConfig, metadata: dict | None, data_dir: Path | None, machine: Machine) -> None:

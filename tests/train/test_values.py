@@ -113,3 +113,18 @@ def test_the_sections_reach_bridge(bridge, tmp_path):
     assert built(tmp_path, "precision=fp8", "mixed_precision.fp8_wgrad=false").mixed_precision.fp8
     with pytest.raises(UserError, match=r"rng\.seed: set seed"):
         built(tmp_path, "rng.seed=3")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.epochs", 0, "must be above 0"), ("train.epochs", -1, "must be above 0"),
+        ("train.train_iters", -1, "at least 0"), ("train.global_batch_size", 0, "at least 1"),
+        ("train.packs_per_microbatch", 0, "at least 1"), ("validation.eval_interval", -5, "at least 0"),
+        ("logger.log_interval", 0, "at least 1"), ("optimizer.lr", 0.0, "must be above 0"),
+        ("optimizer.min_lr", -1.0, "not below"), ("optimizer.lr", 1e-9, "less than optimizer.min_lr="),
+    ],
+)  # fmt: skip
+def test_lengths_and_rates_that_no_run_can_have(bridge, tmp_path, key, value, message):
+    with pytest.raises(UserError, match=rf"{key}.*{message}"):
+        built(tmp_path, f"{key}={value}", *["optimizer.min_lr=1e-6"] * (value == 1e-9))
