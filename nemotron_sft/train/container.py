@@ -117,7 +117,10 @@ def _data_shape(model, config: TrainConfig, metadata: dict | None, data_dir: Pat
             )
         return dict.fromkeys(SPLITS, 0)
     _fit_vocabulary(model, metadata["tokenizer"])
-    model.seq_length = metadata["pack_size"]
+    asked, size = config.model.bridge.get("seq_length"), metadata["pack_size"]
+    if asked not in (None, size):
+        raise UserError(f"model.seq_length={asked}, but the packs of {data_dir} hold {size} tokens: prepare others")
+    model.seq_length = size
     packs = {split: metadata["splits"][split]["packs"] for split in SPLITS}
     if not packs["training"]:
         raise UserError(f"{data_dir} has no training packs: prepare more data, or give training a larger ratio")
@@ -180,6 +183,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("validation.eval_interval", validation.eval_interval, 0),
         ("validation.eval_iters", validation.eval_iters, 0),
         ("logger.log_interval", config.logger.log_interval, 1),
+        ("scheduler.lr_warmup_iters", config.scheduler.lr_warmup_iters, 0),
     ):
         if isinstance(value, int) and value < least:
             raise UserError(f"{name}={value} must be at least {least}")

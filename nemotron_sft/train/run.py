@@ -166,8 +166,8 @@ def configure(run: Run) -> Any:
         container = build(run.config, run.metadata, run.data_dir, run.directory, run.machine)
         if run.machine.on_cpu:
             adapt(container)
-        elif container.optimizer.clip_grad > 0:
-            scale_gradients_once()
+        elif container.optimizer.clip_grad > 0 and "muon" not in container.optimizer.optimizer:
+            scale_gradients_once()  # Muon clips by a norm that it imports itself
         resume_at_another_rate()
         evaluation.check(run.config.heldout, container)
         resume.check(container, run.directory, run.data_dir, run.metadata)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from nemotron_sft.bridge_fields import SECTIONS, bridge_fields
 from nemotron_sft.config import Rng, TrainConfig, check
+from nemotron_sft.data import packed
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import container, values
 from nemotron_sft.train.start import Machine
@@ -128,3 +129,17 @@ def test_the_sections_reach_bridge(bridge, tmp_path):
 def test_lengths_and_rates_that_no_run_can_have(bridge, tmp_path, key, value, message):
     with pytest.raises(UserError, match=rf"{key}.*{message}"):
         built(tmp_path, f"{key}={value}", *["optimizer.min_lr=1e-6"] * (value == 1e-9))
+
+
+def test_rows_are_as_long_as_the_packs(bridge, tmp_path, tiny_data):
+    config = check(composed("train", "model=tiny", "model.seq_length=1024"), TrainConfig)
+    metadata = packed.read_metadata(tiny_data)
+    with pytest.raises(UserError, match=r"model\.seq_length=1024, but the packs of .* hold 512 tokens"):
+        container.build(config, metadata, tiny_data, tmp_path, Machine(None))
+
+
+@pytest.mark.parametrize("scheme", ["lora", "lora_mixers", "dora"])
+@pytest.mark.parametrize("model", ["tiny", "tiny_gpt", "dense_1b"])
+def test_the_rate_of_adapters_is_not_below_that_of_the_models_end(model, scheme):
+    optimizer = composed("train", f"model={model}", f"peft={scheme}").optimizer
+    assert optimizer.lr > optimizer.min_lr
