@@ -126,7 +126,7 @@ def _scores(source: Path | str, settings: Settings, manager: Any, template: Path
     """The scores of one model. template: of the model whose chat template it gets if it has none."""
     from lm_eval import simple_evaluate
 
-    model = _loaded(source, settings.batch_size, template)
+    model = _loaded(source, settings, template)
     their_text = model.tok_decode
     found = []
     for task in settings.tasks:
@@ -151,7 +151,7 @@ def _scores(source: Path | str, settings: Settings, manager: Any, template: Path
     return found
 
 
-def _loaded(source: Path | str, batch_size: int, template: Path | None) -> Any:
+def _loaded(source: Path | str, settings: Settings, template: Path | None) -> Any:
     """lm-eval's model of a Hugging Face directory or hub id. Raises UserError where it cannot be loaded."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -162,13 +162,14 @@ def _loaded(source: Path | str, batch_size: int, template: Path | None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.chat_template is None and template:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(template).chat_template
-        if not isinstance(tokenizer.chat_template, str):
+        chats = settings.chat or any(map(prompts_of, settings.tasks))
+        if chats and not isinstance(tokenizer.chat_template, str):
             raise UserError(f"{source} has no chat template, or several")
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **place).eval()
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{source} cannot be loaded by transformers: {first_line(error)}") from None
     model.register_forward_pre_hook(_scan_exactly, with_kwargs=True)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size,
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size,
                 chat_template_args={"enable_thinking": False})  # fmt: skip
 
 
