@@ -5,7 +5,6 @@ In both, trained tokens are green and context is grey, so that a wrong loss mask
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,8 @@ import numpy as np
 
 from nemotron_sft.console import console, table, visible
 from nemotron_sft.data.opened import open_tokenizer
-from nemotron_sft.data.packed import read_metadata, read_pack
+from nemotron_sft.data.packed import read_metadata
+from nemotron_sft.data.shown import described, marked_text
 from nemotron_sft.files import AtomicFile
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ def print_pack(path: str | Path, pack: int = 0) -> None:
     metadata = read_metadata(directory)
     if path == directory:
         path = directory / metadata["splits"]["training"]["file"]
-    shown = _described(Path(path), pack, metadata, open_tokenizer(metadata), limit=None)
-
-    from rich.text import Text
+    shown = described(Path(path), pack, metadata, open_tokenizer(metadata), limit=None)
 
     out = console()
     colours = out.color_system is not None
@@ -158,16 +156,7 @@ def print_pack(path: str | Path, pack: int = 0) -> None:
     for index, sequence in enumerate(shown["sequences"], start=1):
         length = sequence["high"] - sequence["low"]
         out.rule(f"sequence {index}: {length:,} tokens, {share(sequence['trained'], length)} trained", align="left")
-        text = Text()
-        open_mark = False
-        for piece, trained, is_special in sequence["runs"]:
-            if not colours and trained != open_mark:
-                text.append("«" if trained else "»")
-                open_mark = trained
-            text.append(visible(piece), ("bold " if is_special else "") + ("green" if trained else "bright_black"))
-        if open_mark:
-            text.append("»")
-        out.print(text)
+        out.print(marked_text(sequence["runs"], colours))
 
 
 # --- numbers -----------------------------------------------------------------------------------------------
@@ -263,47 +252,6 @@ def _shown_packs(directory: Path, metadata: dict, tokenizer: Tokenizer) -> list[
     """A few packs, described for the HTML."""
     training = metadata["splits"]["training"]
     return [
-        _described(directory / training["file"], int(index), metadata, tokenizer, SHOWN_TOKENS)
+        described(directory / training["file"], int(index), metadata, tokenizer, SHOWN_TOKENS)
         for index in np.unique(np.linspace(0, training["packs"] - 1, SHOWN_PACKS).round())
     ]
-
-
-def _described(path: Path, index: int, metadata: dict, tokenizer: Tokenizer, limit: int | None) -> dict:
-    """A pack's sequences as runs of text, up to `limit` tokens of them, and a drawing of its layout."""
-    ids, mask, cu = read_pack(path, index)
-    is_special = np.isin(ids, tokenizer.added_ids)
-    sequences, left = [], limit or len(ids)
-    for low, high in pairwise(cu.tolist()):
-        if left <= 0:
-            break
-        end = min(high, low + left)
-        left -= high - low
-        runs = [
-            (tokenizer.decode(ids[a:b]), bool(mask[a]), bool(is_special[a]))
-            for a, b in _runs(mask[low:end], is_special[low:end], low)
-        ]
-        sequences.append(
-            {
-                "low": low,
-                "high": high,
-                "trained": int(mask[low:high].sum()),
-                "runs": runs,
-                "hidden": high - end,
-            }
-        )
-    strip = [(a, b - a, "t" if mask[a] else "c") for a, b in _runs(mask, np.zeros_like(is_special), 0)]
-    gap = metadata["pack_size"] / 600
-    strip += [(int(edge) - gap / 2, gap, "b") for edge in cu[1:-1]]
-    return {
-        "split": path.name.split(".")[0], "number": index, "tokens": len(ids), "trained": int(mask.sum()),
-        "padding": metadata["pack_size"] - len(ids), "sequences": sequences,
-        "hidden_sequences": len(cu) - 1 - len(sequences), "strip": strip,
-    }  # fmt: skip
-
-
-def _runs(mask: np.ndarray, is_special: np.ndarray, offset: int) -> list[tuple[int, int]]:
-    """Cut (n,) tokens where the mask changes, and around every special token; [start, end) pairs + offset."""
-    new = np.ones(len(mask), bool)
-    new[1:] = (mask[1:] != mask[:-1]) | is_special[1:] | is_special[:-1]
-    edges = [*(np.flatnonzero(new) + offset).tolist(), len(mask) + offset]
-    return list(pairwise(edges))

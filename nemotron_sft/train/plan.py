@@ -7,9 +7,13 @@ import os
 from pathlib import Path
 
 from nemotron_sft.config import TrainConfig
+from nemotron_sft.console import console
+from nemotron_sft.data.opened import open_tokenizer
 from nemotron_sft.data.packed import check_data, find_data
+from nemotron_sft.data.shown import described, marked_text
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import propose
+from nemotron_sft.train.batches import PackedDataset
 from nemotron_sft.train.container import build, check_division, replicas
 from nemotron_sft.train.estimate import GIB, held, memory, tokens_with_logits
 from nemotron_sft.train.prompts import load_prompts
@@ -17,6 +21,7 @@ from nemotron_sft.train.sizes import sizes
 from nemotron_sft.train.speed import seconds_per_step
 from nemotron_sft.train.start import Machine, log_to_file, start_bridge
 
+LOOK = 300  # tokens of a pack of the first step that are shown
 DIVISION = {
     f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
 }
@@ -57,8 +62,26 @@ def plan(config: TrainConfig) -> None:
             print(f"  {name:<16} {text}")
     for line in proposals:
         print(line)
+    if metadata and not refused:
+        _first_look(data_dir, metadata, config.seed)
     if refused:
         raise refused
+
+
+def _first_look(data_dir: Path, metadata: dict, seed: int) -> None:
+    """Print the beginning of a pack of the first step, decoded, with what is trained marked."""
+    path = data_dir / metadata["splits"]["training"]["file"]
+    number = PackedDataset(path, 1, seed).pack_number(0)
+    try:
+        tokenizer = open_tokenizer(metadata)
+    except UserError as error:  # a run needs none, unless it asks prompts
+        print(f"The first step cannot be shown: {error}")
+        return
+    out, shown = console(), described(path, number, metadata, tokenizer, LOOK)
+    marks = "between « and »" if out.color_system is None else "green"
+    print(f"The first step trains pack {number}, among others. It begins so ({marks}: trained):")
+    for sequence in shown["sequences"]:
+        out.print(marked_text(sequence["runs"], out.color_system is not None))
 
 
 def _world_size(config: TrainConfig) -> int:

@@ -1,12 +1,18 @@
 """Answering prompts in a run: it does not disturb training, and it comes back after a kill."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL, losses, recipe, run
+
+from nemotron_sft.data import packed
+from nemotron_sft.data.opened import open_tokenizer
+from nemotron_sft.train import plan
 
 HYBRID = [
     "model=tiny",
@@ -76,6 +82,12 @@ def test_preflight_tells_the_level_of_chance_and_refuses_prompts(tmp_path, tiny_
     answers = [json.loads(line)["answer"] for line in few_prompts.read_text().splitlines()]
     level = max(map(answers.count, answers)) / len(answers)
     assert done.returncode == 0 and f"8 prompts; {level:.1%} are right by chance" in done.stdout, done.stderr
+    found = re.search(r"trains pack (\d+), .*between « and »: trained\):\n(.*)", done.stdout, re.DOTALL)
+    ids, mask, _ = packed.read_pack(tiny_data / "training.npy", int(found[1]))
+    text = open_tokenizer(packed.read_metadata(tiny_data)).decode(ids[: plan.LOOK])
+    assert re.sub("[«»\\s]", "", found[2]) == re.sub(r"\s", "", text)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask[: plan.LOOK] != 0, [0]])) == 1)
+    assert found[2].count("«") == len(edges)  # every trained stretch is marked once
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": [{"role": "user", "content": "?"}], "answer": "1", "score": "taste"}')
     done = recipe("train", f"data={tiny_data}", "preflight=true", f"heldout.path={bad}")
