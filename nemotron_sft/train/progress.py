@@ -180,10 +180,11 @@ class Progress:
     def on_eval_end(self, context) -> None:
         """Write the validation loss."""
         step, loss = context.state.train_state.step, from_last_stage(context.total_loss_dict)
+        # Before the return: all ranks take part, and only the first has read what was written before.
+        by_dataset = self._by_dataset(context.state, "validation_loss", "validation_tokens", "validation_share")
         if self.validation and self.validation[-1][0] == step:
             return  # Bridge validates once more after the last step; so does a finished run, started again
         self.validation.append((step, loss))
-        by_dataset = self._by_dataset(context.state, "validation_loss", "validation_tokens", "validation_share")
         self._write(context.state, step=step, validation_loss=loss, **by_dataset)
         self._line(f"      step {step}  validation loss {loss:.4f}", done=True)
         self._start_interval(context.state)  # the evaluation's time is not the next step's
@@ -191,10 +192,11 @@ class Progress:
 
     def on_test_end(self, context) -> None:
         """Write the test loss."""
+        loss = from_last_stage(context.total_loss_dict)
+        by_dataset = self._by_dataset(context.state, "test_loss", "test_tokens", "test_share")
         if self.test is not None:
             return  # a finished run, started again
-        self.test = from_last_stage(context.total_loss_dict)
-        by_dataset = self._by_dataset(context.state, "test_loss", "test_tokens", "test_share")
+        self.test = loss
         self._write(context.state, step=context.state.train_state.step, test_loss=self.test, **by_dataset)
 
     def scored(self, state, step: int, scores: dict[str, float], answers: tuple[list[str], list[list[str]]]) -> None:

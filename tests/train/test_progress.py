@@ -51,3 +51,25 @@ def test_lines_hold_the_share_of_trained_tokens(tmp_path, monkeypatch):
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_packs(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"step 4 is nan: look at packs \[9, 10\]"):
         run_steps(tmp_path, [3.0, 2.0, 1.5, math.nan], monkeypatch)
+
+
+def test_every_rank_takes_part_where_ranks_add_up_their_losses(tmp_path, monkeypatch):
+    """The first rank of a run started again knows its last validation and test already, from metrics.jsonl."""
+    monkeypatch.setattr("nemotron_sft.train.progress.from_last_stage", lambda losses: 2.0)
+    blend = {"datasets": [{"name": "a"}, {"name": "b"}]}
+    metadata = {"version": 2, "blend": blend, "splits": {"training": {"tokens": 800, "packs": 10}}}
+    terminal = SimpleNamespace(isatty=lambda: False, write=lambda text: None, flush=lambda: None)
+    calls = {}
+    for rank in (0, 1):
+        consumed, asked = ForwardStep(), calls.setdefault(rank, [])
+        monkeypatch.setattr(consumed.losses, "totals", lambda n, asked=asked: asked.append(n) or [(2.0, 1.0, 1)] * n)
+        progress = Progress(metadata, tmp_path, terminal, 0.0, rank, consumed)
+        monkeypatch.setattr(progress, "_write", lambda state, **values: None)
+        monkeypatch.setattr(progress, "_start_interval", lambda state: None)
+        train_state, data = SimpleNamespace(step=4), SimpleNamespace(weighted=False)
+        state = SimpleNamespace(train_state=train_state, cfg=SimpleNamespace(dataset=data))
+        if rank == 0:
+            progress.validation, progress.test = [(4, 2.0)], 2.0
+        progress.on_eval_end(SimpleNamespace(state=state, total_loss_dict=None))
+        progress.on_test_end(SimpleNamespace(state=state, total_loss_dict=None))
+    assert calls[0] == calls[1] == [2, 2]
