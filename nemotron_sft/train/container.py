@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from nemotron_sft.config import TrainConfig
+from nemotron_sft.console import say
 from nemotron_sft.errors import UserError
 from nemotron_sft.train import estimate, hf, peft, tuning, values
 from nemotron_sft.train.balance import Dealing
@@ -43,7 +44,7 @@ def build(
     if checked:
         check_division(container, machine.world_size)
     _length(container, config, packs, max(1, replicas(container.model, machine.world_size)))
-    _schedule(container, config)
+    _schedule(container, config, machine.rank)
     _dataset(container, config, metadata, data_dir, machine)
     _checkpoints(container, config, run_dir)
     if metadata and is_hf(container.checkpoint.pretrained_checkpoint):
@@ -191,7 +192,7 @@ def _check_numbers(config: TrainConfig) -> None:
         raise UserError(f"train.epochs={train.epochs} must be above 0 (train.train_iters=0 only converts weights)")
 
 
-def _schedule(container, config: TrainConfig) -> None:
+def _schedule(container, config: TrainConfig, rank: int) -> None:
     """Weight decay and the length of the learning rate's decay."""
     scheduler = container.scheduler
     # Bridge decays weights by the scheduler's pair of values, not by the optimizer's, which the user sets.
@@ -203,11 +204,10 @@ def _schedule(container, config: TrainConfig) -> None:
     rate, least = container.optimizer.lr, container.optimizer.min_lr or 0.0
     if rate is None or not rate > 0 or least < 0:
         raise UserError(f"optimizer.lr={rate} must be above 0, and optimizer.min_lr={least} not below")
-    if rate < least:
-        raise UserError(
-            f"optimizer.lr={rate} is less than optimizer.min_lr={least}, at which the schedule ends: set "
-            "optimizer.min_lr as well"
-        )
+    if rate < least:  # the model's, or the recipe's, and core refuses it
+        container.optimizer.min_lr = rate
+        if rank == 0:
+            say(f"optimizer.min_lr={least} is above optimizer.lr={rate}: the rate stays at {rate} (set min_lr as well)")
 
 
 def _dataset(container, config: TrainConfig, metadata: dict | None, data_dir: Path | None, machine: Machine) -> None:

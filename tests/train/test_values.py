@@ -123,12 +123,18 @@ def test_the_sections_reach_bridge(bridge, tmp_path):
         ("train.train_iters", -1, "at least 0"), ("train.global_batch_size", 0, "at least 1"),
         ("train.packs_per_microbatch", 0, "at least 1"), ("validation.eval_interval", -5, "at least 0"),
         ("logger.log_interval", 0, "at least 1"), ("optimizer.lr", 0.0, "must be above 0"),
-        ("optimizer.min_lr", -1.0, "not below"), ("optimizer.lr", 1e-9, "less than optimizer.min_lr="),
+        ("optimizer.min_lr", -1.0, "not below"),
     ],
 )  # fmt: skip
 def test_lengths_and_rates_that_no_run_can_have(bridge, tmp_path, key, value, message):
     with pytest.raises(UserError, match=rf"{key}.*{message}"):
-        built(tmp_path, f"{key}={value}", *["optimizer.min_lr=1e-6"] * (value == 1e-9))
+        built(tmp_path, f"{key}={value}")
+
+
+def test_a_rate_below_that_of_the_end_stays_as_it_is(bridge, tmp_path, capsys):
+    made = built(tmp_path, "optimizer.lr=1e-9", "optimizer.min_lr=1e-6").optimizer
+    assert made.lr == made.min_lr == 1e-9
+    assert "optimizer.min_lr=1e-06 is above optimizer.lr=1e-09: the rate stays at 1e-09" in capsys.readouterr().err
 
 
 def test_rows_are_as_long_as_the_packs(bridge, tmp_path, tiny_data):
