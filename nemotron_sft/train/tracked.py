@@ -39,7 +39,8 @@ class Training:
         earlier = lineage.read(run_dir)
         model = asdict(config.model)
         inputs = [lineage.of_data(data_dir, metadata)]
-        self.record = lineage.record("train", lineage.plain(composed), inputs, earlier["outputs"] if earlier else [])
+        outputs = [self._here(output) for output in earlier["outputs"]] if earlier else []
+        self.record = lineage.record("train", lineage.plain(composed), inputs, outputs)
         self.record["tracking"] = earlier["tracking"] if earlier else None
         self.losses: dict[int, float] = {
             output["metadata"]["step"]: output["metadata"]["validation_loss"]
@@ -52,6 +53,10 @@ class Training:
         self.save()
         self.tracker = Tracker(config.tracking, self.record, run_dir, sample_tag(metadata), self.say)
         self._hashing.submit(self._describe_start, config.init_from, model)
+
+    def _here(self, output: dict) -> dict:
+        """An earlier output under the run directory's present name: it may have moved, or be named in another way."""
+        return output | {"path": str(self.run_dir / "checkpoints" / Path(output["path"]).name)}
 
     def __enter__(self) -> Training:
         if self.rank == 0:
