@@ -115,6 +115,8 @@ def _job(run_dir: Path, path: Path | str | None) -> _Job:
     config = OmegaConf.load(run_dir / "config.yaml")
     from_hub = config.init_from.count("/") == 1 and not Path(config.init_from).exists()
     source = config.init_from if from_hub or is_hf(config.init_from) else config.model.hf
+    if source and source.count("/") != 1 and not Path(source).exists():  # a hub id has one
+        raise UserError(f"{source}, the model that {run_dir} started from, is not there any more: put it back")
     data_dir = Path(config.data.path)
     path = Path(path or run_dir / "hf")
     return _Job(run_dir, path, iteration, source, data_dir, read_metadata(data_dir))
@@ -197,6 +199,7 @@ def _write_weights(job: _Job, rank: int, world_size: int) -> Export:
             result.files |= dict.fromkeys(named, name)
             del named
             skeleton.check_back(group, weights, _read_back(job.partial / name))
+            del weights  # before the next group is read
     if rank == 0:
         config.save_pretrained(job.partial)
         if adapters:
@@ -270,18 +273,33 @@ def _compare_if_it_fits(job: _Job, size: int) -> str:
 
 
 def free_memory() -> int:
-    """Bytes that a model may still take on this machine: of the GPU, or of memory and the control group."""
+    """Bytes that a model may still take on this machine: of the GPU, or of memory and what limits this process."""
     import torch
 
     if not this_machine().on_cpu:
         return torch.cuda.mem_get_info()[0]
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) << 10
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit
-        used, limit = (int((group / f"memory.{name}").read_text()) for name in ("current", "max"))
-        free = min(free, limit - used)
-    return free
+    return min([free, *left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def left_in_groups(mine: Path, root: Path) -> Iterator[int]:
+    """Bytes left in each control group with a limit that this process is in: a container's, a Slurm job's and step's.
+
+    mine: /proc/self/cgroup; root: /sys/fs/cgroup. Both versions of control groups, which name their files otherwise.
+    """
+    with contextlib.suppress(OSError):
+        for line in mine.read_text().splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind and "memory" not in kind.split(","):
+                continue
+            top = root / "memory" if kind else root
+            used, limit = ("usage_in_bytes", "limit_in_bytes") if kind else ("current", "max")
+            group = Path(path.lstrip("/"))
+            for each in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # not seen from inside a container, or without a limit
+                    names = (top / each / f"memory.{name}" for name in (limit, used))
+                    yield int(next(names).read_text()) - int(next(names).read_text())
 
 
 def sample_tokens(data_dir: Path, vocabulary: int):

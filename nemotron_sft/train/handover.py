@@ -46,8 +46,10 @@ def write(directory: Path, metadata: dict, data_dir: Path, base: Path | None) ->
     """
     tokenizer, template = open_tokenizer(metadata), open_template(metadata)
     ends = turn_ends(data_dir, tokenizer)
-    told = [_write_generation(directory, base, tokenizer, ends)]
-    _write_tokenizer(directory, tokenizer, ends, settable="eos_token" not in template.source)
+    told = [
+        _write_generation(directory, base, tokenizer, ends),
+        _write_tokenizer(directory, tokenizer, ends, settable="eos_token" not in template.source),
+    ]
     (directory / "chat_template.jinja").write_text(template.source, encoding="utf-8")
     theirs = base_template(base)
     if theirs is not None and theirs.strip() != template.source.strip():
@@ -85,8 +87,11 @@ def _answers(data_dir: Path) -> Iterator[Any]:
                     yield pack["input_ids"][start + first : start + last]
 
 
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer, ends: list[int], settable: bool) -> None:
-    """Copy the data's tokenizer; its eos_token becomes the end of turn, unless the template prints eos_token."""
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, ends: list[int], settable: bool) -> str | None:
+    """Copy the data's tokenizer; its eos_token becomes the end of turn, unless the template prints eos_token.
+
+    Returns a line if answers then end with something else than eos_token, where NeMo-RL and verl stop.
+    """
     folder = tokenizer.file.parent
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -104,6 +109,12 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, ends: list[int], set
     named = read_json(directory / "special_tokens_map.json")
     if "eos_token" in named:
         write_json(directory / "special_tokens_map.json", named | {"eos_token": settings["eos_token"]})
+    if settable or tokenizer.eos_id in ends:
+        return None
+    return (
+        f"the template prints eos_token, which therefore stays {tokenizer.decode([tokenizer.eos_id])}: what does not "
+        f"read generation_config.json must be told to stop at {ends} (NeMo-RL: policy.generation.stop_token_ids)"
+    )
 
 
 def _write_generation(directory: Path, base: Path | None, tokenizer: Tokenizer, ends: list[int]) -> str | None:

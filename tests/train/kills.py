@@ -193,10 +193,10 @@ def kill_at(place: str, data: Path, run_dir: Path, like: Straight, one: bool, rn
         assert not (failed := attempt.end()), f"not killed yet, {failed}"
         return "", f"meant for {place}: too late, the run has ended with 0"
     victims = attempt.kill(one, rng)
-    hit = attempt.place()
+    hit, step = attempt.place(), attempt.saving()
     failed = attempt.end()
     assert "none after" not in failed, failed
-    where = f"{hit} of step {attempt.saving()}" if hit == SAVING else hit
+    where = f"{hit} of step {step}" if hit == SAVING and step else hit
     return hit, f"killed {victims:8}  {like}  in {where}, {time.time() - attempt.began:.1f} s, resumed from {done}"
 
 
