@@ -37,9 +37,9 @@ import numpy as np
 from nemotron_sft.config import Prep
 from nemotron_sft.console import progress, say
 from nemotron_sft.data import plan as plans
-from nemotron_sft.data.decontaminate import WORDS
 from nemotron_sft.data.forms import listed
 from nemotron_sft.data.merge import merge
+from nemotron_sft.data.ngrams import WORDS
 from nemotron_sft.data.packed import read_metadata
 from nemotron_sft.data.packing import pack
 from nemotron_sft.data.plan import Plan, Unit

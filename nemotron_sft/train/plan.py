@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 from nemotron_sft.config import TrainConfig
-from nemotron_sft.console import console
+from nemotron_sft.console import console, say
 from nemotron_sft.data.opened import open_tokenizer
 from nemotron_sft.data.packed import check_data, find_data
 from nemotron_sft.data.shown import described, marked_text
@@ -16,6 +17,7 @@ from nemotron_sft.train import propose
 from nemotron_sft.train.batches import PackedDataset
 from nemotron_sft.train.container import build, check_division, replicas
 from nemotron_sft.train.estimate import GIB, held, memory, tokens_with_logits
+from nemotron_sft.train.overlap import overlap
 from nemotron_sft.train.prompts import load_prompts
 from nemotron_sft.train.sizes import sizes
 from nemotron_sft.train.speed import seconds_per_step
@@ -63,6 +65,8 @@ def plan(config: TrainConfig) -> None:
     for line in proposals:
         print(line)
     if metadata and not refused:
+        for line in overlap(prompts, metadata, data_dir) if prompts else ():
+            say(line, sys.stdout)
         _first_look(data_dir, metadata, config.seed)
     if refused:
         raise refused

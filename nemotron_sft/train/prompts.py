@@ -30,6 +30,7 @@ class Prompts:
     records: list[dict]  # as in the files, "score" filled in
     files: dict[str, range]  # name: which records are the file's
     paths: dict[str, str]
+    places: list[str]  # "file:line" of every prompt
     ids: list[np.ndarray]  # int32, one array per prompt, ending in the generation prompt
     budget: list[int]  # new tokens, at most
     decode: Callable[[np.ndarray], str]
@@ -90,12 +91,13 @@ def load_prompts(config: Heldout, metadata: dict) -> Prompts | None:
     if not files:
         return None
     template, tokenizer = open_template(metadata), open_tokenizer(metadata)
-    records, texts, rows = [], [], {}
+    records, places, texts, rows = [], [], [], {}
     for name, path in files.items():
         found = read_prompts(path, "heldout.path")
         rows[name] = range(len(records), len(records) + len(found))
         for where, record in found:
             records.append(record)
+            places.append(where)
             texts.append(_rendered(template, record, config.thinking, where))
     flat, offsets = tokenizer.encode_batch(texts)
     ids = [flat[start:end] for start, end in itertools.pairwise(offsets)]
@@ -106,7 +108,7 @@ def load_prompts(config: Heldout, metadata: dict) -> Prompts | None:
         for i, length in zip(exact, lengths, strict=True):
             budget[i] = min(budget[i], int(length) + EXACT_MARGIN)
     paths = {name: str(path) for name, path in files.items()}
-    return Prompts(records, rows, paths, ids, budget, tokenizer.decode, tokenizer.eos_id, config.thinking)
+    return Prompts(records, rows, paths, places, ids, budget, tokenizer.decode, tokenizer.eos_id, config.thinking)
 
 
 def read_prompts(path: Path, named_by: str) -> list[tuple[str, dict]]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prep import chat, configured, expected, jsonl, records, unpacked  # noqa: F401 -- configured is a fixture
 
-from nemotron_sft.data import decontaminate, prep
+from nemotron_sft.data import decontaminate, ngrams, prep
 from nemotron_sft.data import plan as plans
 from nemotron_sft.errors import UserError
 
@@ -76,7 +76,7 @@ words = st.lists(st.sampled_from(["alpha", "beta", "gamma", "delta", "ei3", "na�
 
 
 def split_into_words(text):
-    """Words as decontaminate.py says, by a regular expression: what it finds has to be the same."""
+    """Words as ngrams.py says, by a regular expression: what it finds has to be the same."""
     return re.findall(r"[㐀-鿿]|[^\W_㐀-鿿]+", text.lower())
 
 
@@ -147,11 +147,10 @@ def test_evaluation_sets_that_cannot_be_compared(tmp_path):
 
 
 def test_characters_parts_of_texts_and_odd_bytes():
-    kinds = decontaminate.kinds()
+    kinds = ngrams.kinds()
     assert Counter(kinds.tolist())[3] == 1 and kinds[0] == 3
     assert [int(kinds[ord(c)]) for c in "aé9_ -。数ア한ａ\u0301"] == [1, 1, 1, 0, 0, 0, 0, 2, 2, 1, 1, 1]
-    scan = decontaminate.compiled(decontaminate._scan)
     for text in ("", "\0", "a" * 1000, "\U00010330\U0001f600\U00020000" * 20, "\ud83d x " * 14):
-        out = np.zeros(1000, np.uint64)
-        data = decontaminate._joined([text])
-        assert scan(data, kinds, decontaminate._NOTHING, decontaminate._NO_ITEMS, out)[0] == -1
+        data = ngrams.joined([text])
+        assert ngrams.first_shared(data, *ngrams.table(np.zeros(0, np.uint64), np.zeros(0, np.int32))) is None
+        assert ngrams.hashes(data).all()

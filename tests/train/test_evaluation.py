@@ -78,7 +78,13 @@ def test_a_bad_prompt_file_ends_the_command_before_there_is_a_run(tmp_path, tiny
 
 
 def test_preflight_tells_the_level_of_chance_and_refuses_prompts(tmp_path, tiny_data, few_prompts):
-    done = recipe("train", f"data={tiny_data}", "preflight=true", f"heldout.path={few_prompts}")
+    pack, _, cu = packed.read_pack(tiny_data / "training.npy", 0)
+    text = open_tokenizer(packed.read_metadata(tiny_data)).decode(pack[: cu[1]])
+    seen = tmp_path / "seen.jsonl"
+    message = {"role": "user", "content": re.search(r"user\n(.*?)<\|im_end", text, re.DOTALL)[1]}
+    seen.write_text(json.dumps({"messages": [message], "answer": "x"}))
+    done = recipe("train", f"data={tiny_data}", "preflight=true", f"heldout.path={{few: {few_prompts}, seen: {seen}}}")
+    assert done.stdout.count("warning: ") == 1 and "1 of 1 seen prompt occurs" in done.stdout
     answers = [json.loads(line)["answer"] for line in few_prompts.read_text().splitlines()]
     level = max(map(answers.count, answers)) / len(answers)
     assert done.returncode == 0 and f"8 prompts; {level:.1%} are right by chance" in done.stdout, done.stderr
