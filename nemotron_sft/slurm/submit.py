@@ -68,8 +68,10 @@ def here(cluster: DictConfig) -> None:
         raise UserError(f"cluster={name} submits jobs, which takes -m: python {command}")
     if cluster.kind != "local":
         raise UserError(f"cluster.kind={cluster.kind}: choose local or slurm")
-    if extra := [key for key in cluster if key != "kind"]:
-        raise UserError(f"cluster.{extra[0]} means nothing on this machine: add -m cluster=slurm, or remove it")
+    # What an experiment or conf/local says of a cluster is for when there is one; what was typed is meant now.
+    typed = [argument.lstrip("+").partition("=")[0] for argument in TYPED[1:] if not argument.startswith("~")]
+    if extra := [key for key in typed if key.startswith("cluster.") and key != "cluster.kind"]:
+        raise UserError(f"{extra[0]} means nothing on this machine: add -m cluster=slurm, or remove it")
 
 
 def run_here(jobs: Sequence[Sequence[str]]) -> int:

@@ -17,6 +17,11 @@ MODEL = (
     "share_embeddings_and_output_weights", "normalization", "qk_layernorm", "gated_linear_unit", "add_bias_linear",
     "add_qkv_bias", "position_embedding_type",
 )  # fmt: skip
+# Context parallelism counts as data parallelism here.
+DIVISION = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size",
+)  # fmt: skip
 ADAPTERS = ("dim", "alpha", "target_modules", "exclude_modules")  # of Bridge's LoRA and DoRA
 
 
@@ -37,6 +42,7 @@ def check(container: Any, run_dir: Path, data_dir: Path, metadata: dict) -> None
             check_model(container.model, saved.get("model") or {}, path)
             if path == container.checkpoint.load:
                 check_order(container, saved, path, bool(own))
+                check_division(container, saved, path)
             if own and path == container.checkpoint.load:
                 check_adapters(container.peft, saved.get("peft"), path)
                 check_base(start, saved, run_dir)
@@ -92,6 +98,26 @@ def check_model(model: Any, saved: dict, path: str) -> None:
             then, now = ((each or "").replace("|", "") or None for each in (then, now))
         if None not in (then, now) and str(then) != str(now):
             raise UserError(f"{path} is of a model with {name}={then}, but model.{name}={now}: set it to {then}")
+
+
+def check_division(container: Any, saved: dict, path: str) -> None:
+    """Whether the optimizer's part of a checkpoint can be divided as asked now. Raises UserError if not.
+
+    Core's distributed optimizer saves its buffers as they lie in memory: another number of data-parallel ranks can
+    read them, another division of the model cannot, unless they were saved by weight ("fully reshardable").
+    """
+    then, now = saved.get("model") or {}, container.model
+    checkpoint, optimizer = saved.get("checkpoint") or {}, saved.get("optimizer") or {}
+    if checkpoint.get("dist_ckpt_optim_fully_reshardable") or not optimizer.get("use_distributed_optimizer"):
+        return
+    if not (container.checkpoint.load_optim and checkpoint.get("save_optim", True)):
+        return
+    for name in DIVISION:
+        if (then.get(name) or 1) != (getattr(now, name, None) or 1):
+            raise UserError(
+                f"{path} was saved with model.{name}={then.get(name)}, and its optimizer can only go on so: set it to "
+                f"that, or save with checkpoint.dist_ckpt_optim_fully_reshardable=true before (docs/checkpoints.md)"
+            )
 
 
 def check_adapters(peft: Any, saved: dict | None, path: str) -> None:

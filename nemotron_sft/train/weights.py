@@ -232,10 +232,16 @@ class CheckpointReader:
         return {name: loaded[name] for name in names}
 
     def _with_memory(self, name: str):
+        """The entry of a parameter with memory of the saved dtype.
+
+        A model trained in bf16 is saved in bf16 alone; its skeleton, like any new model, has Mamba's A_log in fp32.
+        """
         import torch
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
         dtype, entry = self.dtype_of(name), self._entries[name]
-        return dataclasses.replace(entry, data=torch.empty(entry.data.shape, dtype=dtype, device="cpu"))
+        named = {"dtype": dtype} if isinstance(entry, ShardedTensor) else {}
+        return dataclasses.replace(entry, data=torch.empty(entry.data.shape, dtype=dtype, device="cpu"), **named)
 
 
 class AdaptedReader:

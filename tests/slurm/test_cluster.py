@@ -15,6 +15,7 @@ from nemotron_sft import config
 from nemotron_sft.data import packed, prep, units
 from nemotron_sft.data import plan as plans
 from nemotron_sft.errors import UserError
+from nemotron_sft.paths import CONF
 from nemotron_sft.slurm import node, script, submit
 
 GOLDEN = ROOT / "tests/vectors/slurm"
@@ -111,6 +112,12 @@ def test_paths_with_spaces_survive(tmp_path):
     done = subprocess.run(["bash", "-c", fake + text], capture_output=True, text=True)
     assert done.stdout.strip() == str(["--frozen", f"{folder}/config-0.yaml", "--job", f"{folder}/7"]), done.stderr
     assert (folder / "7.exit").read_text() == "0\n"
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_an_experiment_starts_on_this_machine_too(experiment):
+    """It says what it needs of a cluster, which is only refused here where it was typed."""
+    submit.here(composed("train", f"experiment={experiment}").cluster)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------

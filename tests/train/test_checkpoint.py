@@ -1,5 +1,6 @@
 """Weights from and to Hugging Face directories and Megatron checkpoints, whole or with LoRA, on the CPU."""
 
+import dataclasses
 import functools
 import weakref
 
@@ -177,6 +178,29 @@ def test_many_files_are_written_a_few_experts_at_a_time(hf_models, convert, brid
         AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (hf_models / "nemotron_h", tmp_path / "out")
     )
     assert before.keys() == after.keys() and all((before[key] == after[key]).all() for key in before)
+
+
+@pytest.mark.slow
+def test_weights_saved_in_bf16_are_read_as_they_were_saved(convert, bridge, tmp_path):
+    """As a GPU saves them: all in bf16, Mamba's A_log too, which a new model has in fp32."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    job = export._job(convert("nemotron_h")[0], tmp_path)
+    with checkpoints.together(), torch.no_grad():
+        skeleton, _, reader, _ = export._opened(job)
+        names = [name for group in skeleton.groups() for name in group.names]
+        short = {name: weight.bfloat16() for name, weight in reader.read(names).items()}
+        entries = {}
+        for name, weight in short.items():
+            dtype = {"dtype": weight.dtype} if hasattr(reader._entries[name], "dtype") else {}
+            entries[name] = dataclasses.replace(reader._entries[name], data=weight, **dtype)
+        dist_checkpointing.save(entries, str(tmp_path))
+        again = CheckpointReader(skeleton.model, tmp_path)
+        assert again.dtype == torch.bfloat16
+        found = again.read(names)
+    assert any("A_log" in name for name in names)
+    assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], short[name]) for name in names)
 
 
 @pytest.mark.slow

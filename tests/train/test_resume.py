@@ -46,6 +46,29 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs():
         assert f"of a model with {key}={other}, but model.{key}=" in told
 
 
+def test_an_optimizer_saved_by_buffers_keeps_its_division():
+    now = SimpleNamespace(
+        model=SimpleNamespace(tensor_model_parallel_size=1, expert_model_parallel_size=2, context_parallel_size=2),
+        checkpoint=SimpleNamespace(load_optim=True),
+    )
+    saved = {
+        "model": {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 4, "context_parallel_size": 1},
+        "checkpoint": {"save_optim": True},
+        "optimizer": {"use_distributed_optimizer": True},
+    }
+    told = refused(resume.check_division, now, saved, "here")
+    assert "here was saved with model.expert_model_parallel_size=4" in told
+    for section, key, value in (
+        ("checkpoint", "dist_ckpt_optim_fully_reshardable", True),
+        ("checkpoint", "save_optim", False),
+        ("optimizer", "use_distributed_optimizer", False),
+        ("model", "expert_model_parallel_size", 2),
+    ):
+        resume.check_division(now, saved | {section: saved[section] | {key: value}}, "here")
+    now.checkpoint.load_optim = False
+    resume.check_division(now, saved, "here")
+
+
 def test_adapters_of_another_shape_are_refused():
     class LoRA:
         dim, alpha, target_modules, exclude_modules = 8, 16, ["linear_qkv"], []
