@@ -33,6 +33,8 @@ def change(name: str, context: Any, step: Any = None) -> None:
         config.train.skip_sync_grad_norm_across_mp = not bridges
     if name == "no signal check":
         config.train.exit_signal_handler = False
+    if name == "no losses by dataset":
+        config.dataset.sources = 0
     if name == "logits of every token":
         step.skip_untrained = False
 
