@@ -125,3 +125,4 @@ def tiny_data(tmp_path_factory):
 
 def pytest_addoption(parser):
     parser.addoption("--wandb-project", help="ENTITY/PROJECT on a W&B server, for the one test that needs an account")
+    parser.addoption("--vllm", help="the Python of an environment with vLLM, for the tests that have it serve exports")

@@ -166,11 +166,16 @@ def base_of(run: dict) -> Path:
 
 @contextlib.contextmanager
 def trained_model(iteration: Path) -> Iterator:
-    """The Megatron model of a checkpoint directory iter_*, adapters in place, in a set-up of this process alone."""
+    """The Megatron model of a checkpoint directory iter_*, adapters in place, in a set-up of this process alone.
+
+    Without the wrapper that Bridge puts around a model in bf16.
+    """
+    from megatron.core.utils import unwrap_model
+
     run = run_of(iteration)
     with alone():
         model = _adapted(iteration, run) if run.get("peft") else _load(iteration)
-        yield model[0].eval()
+        yield unwrap_model(model[0]).eval()
 
 
 def _load(iteration: Path) -> list:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import weakref
+from pathlib import Path
 
 import pytest
 from conftest import losses, recipe
@@ -201,6 +202,26 @@ def test_weights_saved_in_bf16_are_read_as_they_were_saved(convert, bridge, tmp_
         found = again.read(names)
     assert any("A_log" in name for name in names)
     assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], short[name]) for name in names)
+
+
+@pytest.mark.slow
+def test_logits_of_a_wrapped_model_are_compared(trained, tiny_data, bridge, monkeypatch):
+    """On a GPU Bridge wraps a model that it loads in bf16."""
+    import torch
+    from megatron.core.transformer.module import Float16Module
+
+    load, iteration = checkpoints._load, newest_iteration(trained / "checkpoints")
+
+    def wrapped(*given):
+        model = load(*given)[0]
+        model.config.bf16 = True
+        return [Float16Module(model.config, model)]
+
+    monkeypatch.setattr(checkpoints, "_load", wrapped)
+    with checkpoints.trained_model(iteration) as model:
+        assert next(model.parameters()).dtype == torch.bfloat16
+    difference, tolerance = export.compare(iteration, trained / "hf", Path(tiny_data))
+    assert 0 < difference <= tolerance
 
 
 @pytest.mark.slow
