@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -26,6 +27,7 @@ from nemotron_sft.data.jsontext import NotJSON, loads_text
 from nemotron_sft.data.speakers import (
     CONTENT,
     SPEAKER,
+    SPEAKERS,
     as_object,
     first_of,
     parsed,
@@ -36,8 +38,9 @@ from nemotron_sft.data.speakers import (
 from nemotron_sft.errors import UserError
 
 TITLES = {"openai": "OpenAI messages", "sharegpt": "ShareGPT", "alpaca": "Alpaca", "pairs": "prompt and answer"}
-MESSAGES = ("messages", "conversations", "conversation", "chat")  # where lists of messages are found
-_SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions", "available_tools")
+MESSAGES = ("messages", "conversations", "conversation", "chat", "contents")  # where lists of messages are found
+_SYSTEM = ("system", "system_prompt", "systemInstruction", "system_instruction")
+_TOOLS = ("tools", "functions", "available_tools")
 _CHAT = {"messages": MESSAGES, "tools": _TOOLS, "system": _SYSTEM}
 _BESIDE = {"system": _SYSTEM, "history": ("history",), "reasoning": REASONING, "tools": ("tools",)}
 _PROMPTS, _ANSWERS = ("prompt", "question", "query", "input"), ("completion", "response", "answer", "output")
@@ -53,6 +56,9 @@ NEEDED = {"openai": ("messages",), "sharegpt": ("messages",), "alpaca": ("prompt
           "pairs": ("prompt", "answer")}  # fmt: skip
 _KNOWN = frozenset(ROLES)
 _both = itemgetter("role", "content")
+_last = itemgetter(-1)
+_ENDS = frozenset("]> \n")  # of a text that may be the JSON of blocks, or end with a mark of a template
+_KEYS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", *MESSAGE_FLAGS, *REASONING))
 NOTED = {*MESSAGE_FLAGS, "reasoning", "reasoning_content", "thinking", "tool_calls"}
 
 
@@ -60,17 +66,23 @@ NOTED = {*MESSAGE_FLAGS, "reasoning", "reasoning_content", "thinking", "tool_cal
 class Form:
     """How one dataset's records hold conversations: a key of PARTS, and (part, field) of every part that is there.
 
-    unread: the fields of its first records that nothing reads.
+    unread: the fields of its first records that nothing reads; unread_keys: those of their messages.
     """
 
     name: str
     parts: tuple[tuple[str, str], ...]
     unread: tuple[str, ...] = ()
+    unread_keys: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
         """The fields that are read."""
         return [field for _, field in self.parts]
+
+    def is_plain(self, messages: list, record: dict) -> bool:
+        """Whether messages that `conversation` gave are those of the record, as they were: known roles and texts, of
+        which none ends as a mark of a template does (chat/marks.py). Most are so, and this takes no time."""
+        return messages is record.get(self.parts[0][1])
 
     def __str__(self) -> str:
         return f"{TITLES[self.name]} ({', '.join(self.columns)})"
@@ -81,10 +93,14 @@ class Form:
         seen counts the records whose messages have a key of NOTED. Raises ChatError.
         """
         parts = dict(self.parts)
-        messages = _READERS[self.name](record, parts)
+        messages = _READERS[self.name](record, parts, seen)
         system = _value(record, parts, "system")
         if system and not (messages and type(messages[0]) is dict and messages[0].get("role") == "system"):
-            messages = [{"role": "system", "content": system}, *messages]
+            first = {"role": "system", "content": system}
+            if type(system) is not str:  # blocks, or Gemini's {"parts": blocks}
+                first = {"role": "system", **system} if type(system) is dict else first
+                [first] = read_messages([first])
+            messages = [first, *messages]
         if seen is not None and not _brief(messages):
             more = [m for m in messages if type(m) is dict and len(m) > 2]
             seen.update({key for message in more for key in NOTED & message.keys() if message[key] is not None})
@@ -92,6 +108,13 @@ class Form:
         if not tools and messages and type(messages[0]) is dict and len(messages[0]) > 2:
             messages, tools = told_tools(messages)
         return messages, read_tools(tools) if tools else []
+
+    def aligned(self, turns: Any, record: dict, messages: list) -> Any:
+        """A record's train_turns, one for each of `messages`, also where a system message comes from another field."""
+        if not isinstance(turns, list) or len(turns) != len(messages) - 1 or messages[0].get("role") != "system":
+            return turns
+        system = _value(record, dict(self.parts), "system")
+        return [False, *turns] if system and messages[0].get("content") is system else turns
 
 
 # --- which form --------------------------------------------------------------------------------------------
@@ -118,7 +141,7 @@ def detect(dataset: Dataset, records: Iterable[dict], messages_field: str, tools
         return Form(dataset.form or "openai", tuple((part, field) for part, field in parts.items() if field))
     name, field = (dataset.form, None) if dataset.form else _most_likely(records, given)
     if field:
-        given["messages"] = field
+        given["prompt" if name == "pairs" else "messages"] = field
     if name is None:
         raise UserError(
             f"dataset {dataset.name}: no conversations recognised in its first records, which have "
@@ -139,7 +162,19 @@ def detect(dataset: Dataset, records: Iterable[dict], messages_field: str, tools
             )
     read = {*parts.values(), *RECORD_KEYS, dataset.weight_field, *dataset.filter}
     found = tuple((part, field) for part, field in parts.items() if field)
-    return Form(name, found, tuple(field for field in there if field not in read))
+    form = Form(name, found, tuple(field for field in there if field not in read))
+    return replace(form, unread_keys=_unread_keys(form, records))
+
+
+def _unread_keys(form: Form, records: list[dict]) -> tuple[str, ...]:
+    """The keys of messages that nothing here reads."""
+    keys: dict[str, None] = {}
+    for record in records:
+        with suppress(ChatError):
+            for message in form.conversation(record)[0]:
+                if isinstance(message, dict):
+                    keys |= {key: None for key, value in message.items() if value is not None and key not in _KEYS}
+    return tuple(keys)
 
 
 def _parts(name: str, given: dict, records: list[dict], there: Counter) -> dict[str, str | None]:
@@ -174,15 +209,19 @@ def _most_likely(records: list[dict], given: dict[str, str | None]) -> tuple[str
 
 
 def _form_of(record: dict, given: dict[str, str | None]) -> tuple[str, str | None] | None:
-    """The form that one record has and the field of its messages, None for no form that is known."""
+    """The form that one record has and the field of its messages, None for no form that is known.
+
+    Messages that wait for the answer in a field beside them are the prompt of a pair.
+    """
     if {"prompt", "answer"} <= given.keys():
         return ("alpaca" if {"input", "history"} & given.keys() else "pairs"), None
+    has = {key for key, value in record.items() if value is not None}
     for field in [given["messages"]] if "messages" in given else MESSAGES:
         if field in record and (form := _kind_of_messages(record[field])):
-            return form, field
+            waits = "messages" not in given and not has.isdisjoint(_ANSWERS) and _waits(record[field])
+            return ("pairs" if waits else form), field
     if "messages" in given:
         return None
-    has = record.keys()
     if "instruction" in has and not has.isdisjoint(PARTS["alpaca"]["answer"]):
         return "alpaca", None
     if not has.isdisjoint(_PROMPTS) and not has.isdisjoint(_ANSWERS):
@@ -204,6 +243,13 @@ def _kind_of_messages(value: Any) -> str | None:
     )
 
 
+def _waits(value: Any) -> bool:
+    """Whether the last of these messages is not an answer."""
+    last = as_object(_messages(value)[-1], "bad message")
+    role = last.get(first_of(last, SPEAKER) or "role") if isinstance(last, dict) else None
+    return isinstance(role, str) and SPEAKERS.get(role.lower().strip()) in ("user", "tool")
+
+
 def listed(there: Iterable[str]) -> str:
     """Names of fields, the first 20 and each cut to 40 characters, in one line."""
     names = [name if len(name) < 40 else name[:37] + "..." for name in there]
@@ -213,7 +259,7 @@ def listed(there: Iterable[str]) -> str:
 # --- messages ----------------------------------------------------------------------------------------------
 
 
-def _openai(record: dict, parts: dict[str, str]) -> list:
+def _openai(record: dict, parts: dict[str, str], seen: Counter | None) -> list:
     field = parts["messages"]
     if field not in record:
         names = listed(record)
@@ -221,16 +267,24 @@ def _openai(record: dict, parts: dict[str, str]) -> list:
     messages = record[field]
     if type(messages) is not list:
         messages = _messages(messages)
-    return messages if _plain(messages) else read_messages(messages)
+    return _as_it_is(messages) or read_messages(messages, seen)
 
 
-def _plain(messages: list) -> bool:
-    """Whether all messages are objects with a known role and no more than content beside it."""
+def _as_it_is(messages: list) -> list | None:
+    """The messages, if they are objects with a known role and no more than a text beside it, as nearly all are.
+
+    The list itself if no text ends as a mark of a template does, otherwise another one (see Form.is_plain). None for
+    others, and where a text looks like the JSON of blocks.
+    """
     try:
-        roles, _ = zip(*map(_both, messages), strict=True)
-        return _KNOWN.issuperset(roles) and max(map(len, messages)) == 2
-    except (TypeError, KeyError, ValueError):  # no objects, keys with other names, no messages
-        return False
+        roles, contents = zip(*map(_both, messages), strict=True)
+        if _KNOWN.issuperset(roles) and max(map(len, messages)) == 2:
+            if _ENDS.isdisjoint(map(_last, contents)):
+                return messages
+            return None if any(text[:2] == "[{" for text in contents) else [*messages]
+    except (TypeError, KeyError, ValueError, IndexError):  # no objects, other keys, no messages, no text
+        pass
+    return None
 
 
 def _brief(messages: list) -> bool:
@@ -261,19 +315,19 @@ def _answer(record: dict, parts: dict[str, str]) -> dict:
     return answer
 
 
-def _pairs(record: dict, parts: dict[str, str]) -> list:
+def _pairs(record: dict, parts: dict[str, str], seen: Counter | None) -> list:
     prompt, answer = _said(record.get(parts["prompt"])), _said(record.get(parts["answer"]))
     more = _text(record, parts, "input")
     before = _history(record, parts)
     if isinstance(prompt, list):  # of messages: what was said before is not trained
         if more:
             raise ChatError("bad input", f"{parts['input']} beside a prompt of messages")
-        said = read_messages(prompt)
+        said = read_messages(prompt, seen)
         before += [{"weight": 0, **m} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in said]
     else:
         texts = [text for text in (_text(record, parts, "prompt"), more) if text]
         before.append({"role": "user", "content": None if prompt is None and not more else "\n\n".join(texts)})
-    return before + (read_messages(answer) if isinstance(answer, list) else [_answer(record, parts)])
+    return before + (read_messages(answer, seen) if isinstance(answer, list) else [_answer(record, parts)])
 
 
 def _history(record: dict, parts: dict[str, str]) -> list:
@@ -304,7 +358,7 @@ def _said(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
 
-_READERS: dict[str, Callable[[dict, dict[str, str]], list]] = {
+_READERS: dict[str, Callable[[dict, dict[str, str], Counter | None], list]] = {
     "openai": _openai, "sharegpt": _openai, "alpaca": _pairs, "pairs": _pairs,
 }  # fmt: skip
 

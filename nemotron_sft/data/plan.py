@@ -111,7 +111,7 @@ def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) 
     evaluation = load_evaluation(cfg.decontaminate)
     proportions = inputs.mix == "proportions"
     # Not among these: pack_size, over_long, and proportions. Merging sees to them, so changing one needs no tokenizing.
-    shaping = [4, tokenizer.digest, template.digest, cfg.sample, cfg.seed, cfg.max_drop_ratio > 0,
+    shaping = [5, tokenizer.digest, template.digest, cfg.sample, cfg.seed, cfg.max_drop_ratio > 0,
                evaluation.stamps if evaluation else []]  # fmt: skip
     forms = [_form(cfg, dataset, files) for dataset, files in zip(datasets, found, strict=True)]
     units = []

@@ -110,6 +110,8 @@ def describe_inputs(todo: Plan) -> None:
     """Say how each dataset is read, and what it is compared with, one line each."""
     for dataset, form in zip(todo.datasets, todo.forms, strict=True):
         unread = f"; not read: {listed(form.unread)}" if form.unread else ""
+        if keys := [key for key in form.unread_keys if key not in todo.template.source]:
+            unread += f"; not read of messages: {listed(keys)}"
         say(f"dataset {dataset.name}: {form}{'' if dataset.form else ', by its first records'}{unread}")
     if todo.evaluation:
         about = todo.evaluation.describe()

@@ -176,9 +176,16 @@ def _refuse_pointer(file: File, start: bytes) -> None:
 
 
 def _is_array(file: File) -> bool:
-    """Whether a JSON file holds one array rather than one object a line."""
+    """Whether a JSON file holds one array rather than one record a line (which may be an array, too)."""
     with opened(file) as handle:
-        return handle.read(64).lstrip(_SPACE).startswith(b"[")
+        start = handle.read(64).lstrip(_SPACE)
+        if not start.startswith(b"["):
+            return False
+        line, ended, after = start.partition(b"\n")
+        if not ended:
+            line += handle.readline(1 << 24)
+        after = (after + handle.read(64)).lstrip(_SPACE)
+        return not (line.rstrip(_SPACE).endswith(b"]") and after.startswith(b"["))
 
 
 # --- records -----------------------------------------------------------------------------------------------
@@ -201,6 +208,8 @@ def read(
     for position, record in source:
         if type(record) is dict:
             yield position, record
+        elif type(record) is list and record and all(type(message) is dict for message in record):
+            yield position, {"messages": record}
         elif isinstance(record, ValueError):
             reason, *hint = record.args
             (bad or refuse)(position, "not JSON", f"not JSON ({reason})" + "".join(hint))

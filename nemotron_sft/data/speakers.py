@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+from nemotron_sft.data.blocks import NAME as BLOCKS
+from nemotron_sft.data.blocks import blocks_in_text, read_blocks, read_item
 from nemotron_sft.data.chat import ChatError
 from nemotron_sft.data.chat.flags import MESSAGE_FLAGS
 from nemotron_sft.data.chat.messages import REASONING
 from nemotron_sft.data.jsontext import NotJSON, loads_text
 
+_ANSWERS = ("gpt", "assistant", "chatgpt", "chatbot", "model", "bot", "ai", "bing", "bard", "claude")
+_CALLS = ("function_call", "tool_call", "function_calls", "tool_calls")
+_RESULTS = ("tool", "observation", "function", "ipython", "environment", "function_response", "tool_response",
+            "observations", "tool_result", "tool_results", "tool_output", "function_result")  # fmt: skip
 SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "ai", "bing", "bard", "claude"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    **dict.fromkeys(_ANSWERS, "assistant"),
+    **dict.fromkeys(_RESULTS, "tool"),
+    **dict.fromkeys(_CALLS, "call"),
     "system": "system",
     "developer": "developer",
 }
-SPEAKER, CONTENT = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a message, first wins
+SPEAKER, CONTENT = ("role", "from", "speaker"), ("content", "value", "text", "parts")  # keys of a message, first wins
 _ARGUMENTS = ("arguments", "parameters", "input", "args")  # of a tool call
 _UNREAD = ("function_calls", "toolCalls", "reasoning_details", "thought", "thoughts", "channel")  # of an answer
 
 
-def read_messages(messages: list) -> list:
-    """Messages in OpenAI's form. Calls that are messages of their own belong to the answer before them."""
+def read_messages(messages: list, seen: Counter | None = None) -> list:
+    """Messages in OpenAI's form. Calls that are messages of their own belong to the answer before them.
+
+    seen counts conversations with calls or results as content blocks. Raises ChatError.
+    """
     found: list = []
+    unblocked = False
     for message in messages:
         message, is_call = _message(message)
+        content = message.get("content") if type(message) is dict else None
+        if type(content) is str and content.startswith("[{") and content.endswith("]"):
+            blocks = blocks_in_text(content, message.get("role"))
+            message, unblocked = ({**message, "content": blocks}, True) if blocks else (message, unblocked)
+        if type(message) is dict and type(message.get("content")) is list:
+            several = read_blocks(message)
+            unblocked = unblocked or several != [message]
+            found += several
+            continue
         before = found[-1] if is_call and found and isinstance(found[-1], dict) else {}
         alike = all(before.get(flag) == message.get(flag) for flag in MESSAGE_FLAGS) if before else False
         if alike and before.get("role") == "assistant" and not (before.get("content") and message["content"]):
@@ -35,6 +55,8 @@ def read_messages(messages: list) -> list:
             found[-1] = {**before, "content": content, "tool_calls": calls}
         else:
             found.append(message)
+    if seen is not None and unblocked:
+        seen[BLOCKS] += 1
     return found
 
 
@@ -43,7 +65,10 @@ def _message(message: Any) -> tuple[Any, bool]:
     message = as_object(message, "bad message")
     if not isinstance(message, dict):
         return message, False
-    speaker, content = first_of(message, SPEAKER), first_of(message, CONTENT)
+    if (speaker := first_of(message, SPEAKER)) is None:
+        message = read_item(message)
+        speaker = first_of(message, SPEAKER)
+    content = first_of(message, CONTENT)
     role = message.get(speaker or "role")
     role = SPEAKERS.get(role.lower().strip(), role) if isinstance(role, str) else role
     if (speaker, content) != ("role", "content") or role != message["role"]:
@@ -138,7 +163,26 @@ def read_tools(value: Any) -> list:
         return []
     if not isinstance(value, list):
         raise ChatError("bad tools", f"a {type(value).__name__}, not a list")
-    return [_tool(tool) for tool in value]
+    return [_without_null(tool) if _has_null(tool) else tool for tool in map(_tool, value)]
+
+
+_VALUES = frozenset(("default", "const", "examples", "enum"))  # of a schema: null may be one
+
+
+def _has_null(value: Any) -> bool:
+    """Whether a key that says nothing is null, at any depth."""
+    if isinstance(value, dict):
+        if None in value.values() and any(item is None and key not in _VALUES for key, item in value.items()):
+            return True
+        value = [item for item in value.values() if type(item) is dict or type(item) is list]
+    return isinstance(value, list) and any(map(_has_null, value))
+
+
+def _without_null(value: Any) -> Any:
+    """The value without such keys, as Parquet's columns and to_json() give them to every tool."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None or key in _VALUES}
+    return list(map(_without_null, value)) if isinstance(value, list) else value
 
 
 def _tool(tool: Any) -> Any:

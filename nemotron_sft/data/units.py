@@ -118,15 +118,24 @@ class _Work:
         messages, tools = self.form.conversation(record, self.flags)
         if self.todo.evaluation and (shared := self.todo.evaluation.shared(messages)):
             raise ChatError(CONTAMINATED, shared)
-        options = per_record(record)
-        self.flags.update(options.keys())
+        if options := per_record(record):
+            self.flags.update(options.keys())
+            if "train_turns" in options:
+                options["train_turns"] = self.form.aligned(options["train_turns"], record, messages)
+        if tools and any(map(_calls_in_text, messages)):
+            self.flags["calls inside the text"] += 1
+        given = messages
+        if not self.form.is_plain(messages, record):
+            messages, marks = self.todo.template.unmarked(messages)
+            self.flags.update(marks)
         sequences = self.todo.template.training_sequences(messages, tools, **options)
-        return conversation_digest(messages, tools), sequences
+        return conversation_digest(given, tools), sequences
 
     def weight(self, record: dict) -> float:
         """What the record's tokens count in the loss. Raises ChatError."""
         weight = record_weight(record, self.dataset.weight_field)
-        self.flags.update(["weight of the record"] if weight != 1 else [])
+        if weight != 1:
+            self.flags["weight of the record"] += 1
         return weight * self.dataset.loss_weight
 
     def records(self) -> Iterator[tuple[tuple[int, int], dict]]:
@@ -192,6 +201,12 @@ class _Work:
         counted = np.histogram(np.minimum(lengths, LENGTH_EDGES[-1]), LENGTH_EDGES)[0]
         stats["lengths"] = (counted + stats["lengths"]).tolist()
         stats["tokens"] += int(index["length"].sum())
+
+
+def _calls_in_text(message: Any) -> bool:
+    """Whether a message that may be an answer writes its calls itself, as Hermes' data does."""
+    content = message.get("content") if isinstance(message, dict) else None
+    return isinstance(content, str) and "<tool_call>" in content and message.get("role") == "assistant"
 
 
 def printable(text: str, limit: int = 300) -> str:

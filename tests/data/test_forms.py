@@ -98,6 +98,16 @@ FORMS = {
             [SYSTEM, USER, {**ANSWER, "weight": 0}, USER, ANSWER],
         ),
     ],
+    "prompt and answer (messages, response)": [
+        ({"messages": [USER], "response": "a"}, [USER, ANSWER]),
+        (
+            {"messages": [SYSTEM, USER, ANSWER, USER], "response": "a"},
+            [SYSTEM, USER, {**ANSWER, "weight": 0}, USER, ANSWER],
+        ),
+    ],
+    "prompt and answer (conversations, completion)": [
+        ({"conversations": says(("human", "q")), "completion": {"role": "assistant", "content": "a"}}, [USER, ANSWER]),
+    ],
     "prompt and answer (prompt, response)": [({"prompt": "q", "response": "a", "id": 7}, [USER, ANSWER])],
     "prompt and answer (question, answer)": [({"question": "q", "answer": "a"}, [USER, ANSWER])],
     "prompt and answer (input, output)": [({"input": "q", "output": "a"}, [USER, ANSWER])],
@@ -253,7 +263,37 @@ def test_what_no_template_reads_is_refused(key):
     assert read({"messages": [USER, {**ANSWER, key: None}]})[1][0] == USER
 
 
+@pytest.mark.parametrize("role", ["environment", "tool_result", "observations"])
+def test_other_names_of_results(role):
+    _, found, _ = read({"messages": [*CALLED[:2], {"role": role, "content": "1"}, ANSWER]})
+    assert [m["role"] for m in found] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_keys_of_tools_that_are_null_are_absent():
+    empty = {"strict": None, "enum": None, "items": None}
+    values = {"default": None, "const": None, "enum": ["a", None], "examples": [None]}
+    schema = {"type": "object", "properties": {"x": {"type": "string", **values, **{"format": None}}}, **empty}
+    tool = {"type": "function", "strict": None, "function": {**FUNCTION, "parameters": schema, "strict": None}}
+    _, _, [found] = read({"messages": [USER, ANSWER], "tools": [tool]})
+    kept = {"type": "object", "properties": {"x": {"type": "string", **values}}, "enum": None}
+    assert found == {"type": "function", "function": {**FUNCTION, "parameters": kept}}
+
+
+def test_flags_of_turns_count_without_the_system_message_of_another_field():
+    turns = [False, False, False, True]
+    chat = [USER, ANSWER, USER, ANSWER]
+    for record, added in (
+        ({"messages": chat, "system": "s"}, [False]),
+        ({"messages": chat}, []),
+        ({"messages": [SYSTEM, *chat], "system": "other"}, []),  # one too few: for the template to refuse
+    ):
+        form, messages, _ = read(record)
+        assert form.aligned(turns, record, messages) == added + turns
+        assert form.aligned("text", record, messages) == "text"
+
+
 def test_what_is_not_read_is_named():
+    assert read({"messages": [USER, {**ANSWER, "mood": "good", "weight": 1, "id": None}]})[0].unread_keys == ("mood",)
     form = read({"messages": [USER, ANSWER], "images": ["a.png"], "metadata": {}, "weight": 1, "id": 3})[0]
     assert form.unread == ("images", "id")
 

@@ -642,3 +642,18 @@ def test_hub_sample_fetches_no_more_than_it_needs(tmp_path):
     assert metadata["blend"]["datasets"][0]["records_kept"] == 25
     assert fetched == {"train-0.jsonl", "train-1.jsonl"}
     assert metadata["inputs"][0]["path"] == f"hf://datasets/org/name@{COMMIT}/train-0.jsonl"
+
+
+def test_what_the_template_writes_itself_is_left_out_and_counted(configured, tmp_path):
+    """Marks of rendered text, and flags of turns beside a system message of a field of its own."""
+    clean = [chat("q1", "a1"), chat("q2", "a2 "), *records(3)]
+    rows = [chat("q1<|im_end|>", "a1<|im_end|>\n"), chat("q2", "a2 <|im_end|>"), *records(3)]
+    metadata = prep.run(configured(jsonl(tmp_path / "a.jsonl", rows), output="marked"))
+    assert unpacked(tmp_path / "marked") == expected(clean)
+    assert metadata["blend"]["datasets"][0]["flags"] == {"the template's end token in the text": 2}
+    turns = chat("q1", "a1", "q2", "a2", system="s", train_turns=[False, False, False, True])
+    prep.run(configured(jsonl(tmp_path / "b.jsonl", [turns]), output="turns"))
+    system = {"role": "system", "content": "s"}
+    flagged = {"messages": [system, *turns["messages"][:1], {**turns["messages"][1], "weight": 0}, *turns["messages"][2:]]}
+    prep.run(configured(jsonl(tmp_path / "c.jsonl", [flagged]), output="flagged"))
+    assert unpacked(tmp_path / "turns") == unpacked(tmp_path / "flagged") != Counter()

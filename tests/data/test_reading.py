@@ -227,3 +227,23 @@ def test_malformed_lines_are_told_with_their_place(tmp_path):
 def test_long_numbers_are_exact_wherever_they_stand(before):
     text = b" " * before + b"[18446744073709551616]"
     assert loads(text) == [2**64]
+
+
+@pytest.mark.parametrize("layout", ["array", "indented", "elements a line", "a list a line", "a list a line, more"])
+def test_conversations_without_a_key_are_messages(tmp_path, layout):
+    lists = [[{"role": "user", "content": f"[{i}]\n"}, {"role": "assistant", "content": "a"}] for i in range(3)]
+    lines = [json.dumps(each) for each in lists]
+    text = {
+        "array": json.dumps(lists),
+        "indented": json.dumps(lists, indent=1),
+        "elements a line": "[" + ",\n".join(lines) + "\n]\n",
+        "a list a line": "\n".join(lines),
+        "a list a line, more": "\ufeff" + "\r\n\r\n".join([*lines, '["x"]', "[]"]) + "\n",
+    }[layout]
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_bytes(text.encode())
+        for piece_bytes in (50, 1 << 20):
+            bad = []
+            found = records(tmp_path / name, bad=lambda *about: bad.append(about[1:]), piece_bytes=piece_bytes)  # noqa: B023
+            assert found == [{"messages": each} for each in lists]
+            assert bad == [("not an object", "list instead of a JSON object")] * (2 if "more" in layout else 0)

@@ -2,8 +2,9 @@
 
 Obeyed or refused, never ignored. On a message: `weight` (OpenAI), `train`, `training`, `trainable` (Axolotl and
 others) and `loss` (ms-swift), each true or false, or 1 or 0. On a record: `train_turns`, one boolean per message,
-by itself or inside `metadata` (NVIDIA's Nemotron datasets), `loss_mask`, the same (LLaMA-Factory), `mask`, who is not
-trained (NeMo), `chat_template_kwargs`, and `weight`, what its tokens count in the loss.
+by itself or inside `metadata` (NVIDIA's Nemotron datasets), `loss_mask` and `weights`, the same (LLaMA-Factory),
+`train`, `training` and `trainable`, false where nothing of it is trained, `mask`, who is not trained (NeMo),
+`chat_template_kwargs`, and `weight`, what its tokens count in the loss.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import orjson
 
 from nemotron_sft.data.chat.messages import ChatError
 
-RECORD_KEYS = ("chat_template_kwargs", "metadata", "train_turns", "loss_mask", "mask")  # what `per_record` reads
+TURNS = ("train_turns", "loss_mask", "weights")  # of a record, one boolean per message
+WHOLE = ("train", "training", "trainable")  # of a record
+RECORD_KEYS = ("chat_template_kwargs", "metadata", *TURNS, *WHOLE, "mask")  # what `per_record` reads
 _RECORD_KEYS = frozenset(RECORD_KEYS)
 _NOT_TRAINED = ("user", "human", "system", "none", "")  # what NeMo's mask may name
 MESSAGE_FLAGS = ("weight", "train", "training", "trainable", "loss")
@@ -28,6 +31,10 @@ UNREADABLE_FLAGS = (
     "masked",
     "mask",
     "ignore",
+    "no_train",
+    "is_masked",
+    "exclude",
+    "learn",
 )
 _FLAGS = frozenset((*MESSAGE_FLAGS, *UNREADABLE_FLAGS))
 
@@ -42,24 +49,38 @@ def per_record(record: dict) -> dict[str, Any]:
     found = {}
     if kwargs := _object(record.get("chat_template_kwargs"), "chat_template_kwargs"):
         found["chat_template_kwargs"] = kwargs
-    turns = _same(record.get("train_turns"), record.get("loss_mask"))
+    for key in WHOLE:
+        if record.get(key) in (False, 0):
+            hint = f'"filter": {{"{key}": true}} in the blend leaves such records out'
+            raise ChatError("no trained answer", f"{key} of the record is false: {hint}")
+    turns = _same([_booleans(record[key]) for key in TURNS if record.get(key) is not None])
     if (mask := record.get("mask")) and not (isinstance(mask, str) and mask.lower() in _NOT_TRAINED):
         raise ChatError("bad training flag", f"mask is {str(mask)[:40]!r}: only who is never trained can be masked")
     metadata = record.get("metadata")
     if (
         turns is None and isinstance(metadata, (dict, str)) and "train_turns" in metadata
     ):  # of an object, or of its JSON text
-        turns = _object(metadata, "metadata").get("train_turns")
+        turns = _booleans(_object(metadata, "metadata").get("train_turns"))
     if turns is not None:
         found["train_turns"] = turns
     return found
 
 
-def _same(turns: Any, mask: Any) -> Any:
-    """The one of the two that is there. Raises ChatError if they differ."""
-    if turns is not None and mask is not None and turns != mask:
-        raise ChatError("bad training flag", "train_turns and loss_mask differ")
-    return mask if turns is None else turns
+def _booleans(turns: Any) -> Any:
+    """A list, which may be JSON text; any other value as it is."""
+    if isinstance(turns, str):
+        try:
+            return orjson.loads(turns)
+        except orjson.JSONDecodeError:
+            return turns
+    return turns
+
+
+def _same(found: list) -> Any:
+    """The one that is there, None if there is none. Raises ChatError if they differ."""
+    if any(other != found[0] for other in found):
+        raise ChatError("bad training flag", f"{' and '.join(TURNS)} differ")
+    return found[0] if found else None
 
 
 def record_weight(record: dict, name: str) -> float:
@@ -90,7 +111,7 @@ def trained_messages(messages: list[dict], train_turns: Any = None) -> list[bool
 def _turns(turns: Any, messages: list[dict]) -> list[bool]:
     """metadata.train_turns, checked."""
     if not isinstance(turns, list) or not all(value in (0, 1) for value in turns):
-        raise ChatError("bad training flag", "train_turns (or loss_mask) is not a list of booleans")
+        raise ChatError("bad training flag", f"{' or '.join(TURNS)} is not a list of booleans")
     if len(turns) != len(messages):
         raise ChatError("bad training flag", f"train_turns has {len(turns)} values for {len(messages)} messages")
     for index, (message, trained) in enumerate(zip(messages, turns, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ from typing import Any
 
 from nemotron_sft.data.chat.environment import CLOSE, OPEN, TAG, compile_template, unmarked
 from nemotron_sft.data.chat.forms import Forms
-from nemotron_sft.data.chat.messages import ChatError, answer_of, checked_messages, checked_tools, reasoning_of
+from nemotron_sft.data.chat.messages import (
+    ChatError,
+    answer_of,
+    checked_messages,
+    checked_tools,
+    plain_content,
+    reasoning_of,
+)
 from nemotron_sft.data.chat.template import Span, Template
 from nemotron_sft.errors import UserError
 
@@ -325,7 +333,18 @@ class JinjaTemplate(Template):
         found = _STOP.match(longer, len(text))
         return found.group() if found else ""
 
-    # --- what an answer has must be in it ---
+    # --- what a conversation has must be in its text ---
+
+    def _check_context(self, messages: list[dict], sequences: list[list[Span]]) -> None:
+        text = "".join(text for spans in sequences for _, text in spans)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" or not (line := _longest_line(message["content"])) or line in text:
+                continue
+            quoted = (json.dumps(line, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+            if not any(each in text for each in quoted):
+                raise ChatError(
+                    "message not rendered", f"message {i}, a {message['role']}'s: {self.name} leaves out {line[:40]!r}"
+                )
 
     def _check_shown(self, message: dict, index: int, text: str) -> None:
         """Raise ChatError if a part of a trained answer is not in its text: it would be lost without a word."""
@@ -342,6 +361,11 @@ class JinjaTemplate(Template):
             raise ChatError(
                 "answer not rendered", f"message {index}: {self.name} leaves out or changes {answer[:40]!r}"
             )
+
+
+def _longest_line(content: Any) -> str:
+    """The longest line of a message, as a template may trim it."""
+    return max((line.strip() for line in plain_content(content).splitlines()), key=len, default="")
 
 
 def _behind(marked: str, length: int) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 ROLES = ("user", "assistant", "system", "tool", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the names of an answer's reasoning, first wins
 _REASONING = frozenset(REASONING)
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_THINKING_PARTS = ("thinking", "reasoning")
+TEXT_PARTS = ("text", "input_text", "output_text")
+THINKING_PARTS = ("thinking", "reasoning")
 
 
 class ChatError(ValueError):
@@ -82,23 +82,42 @@ def _said_once(message: dict, content: str) -> dict:
     return message
 
 
+def reasons_twice(message: dict) -> bool:
+    """Whether a checked answer begins its content with other reasoning than its own field has."""
+    content = message["content"]
+    if not isinstance(content, str) or not content.lstrip().startswith("<think>"):
+        return False
+    inline = content.partition("</think>")[0].lstrip().removeprefix("<think>").strip()
+    return bool(inline) and any(isinstance(message.get(name), str) and message[name].strip() for name in REASONING)
+
+
 def _check_content(content: Any, role: str, index: int) -> None:
     """Content that is not text: parts, or a tool's result as an object."""
-    if role == "tool" and isinstance(content, (dict, list)):
+    parts = isinstance(content, list)
+    if role == "tool" and (isinstance(content, dict) or (parts and not any(map(_is_text, content)))):
         return
-    if not isinstance(content, list):
+    if not parts:
         raise ChatError("bad content", f"message {index}: content is a {type(content).__name__}")
     for part in content:
         if not (_is_text(part) or (role == "assistant" and _is_thinking(part))):
-            raise ChatError("bad content", f"message {index}: only text parts can be trained on")
+            raise ChatError("bad content", f"message {index} has {_described(part)}: only text can be trained on")
+    if not content and role in ("user", "system", "developer"):
+        raise ChatError("no content", f"message {index}, a {role}'s, has no content")
+
+
+def _described(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in TEXT_PARTS:
+        return f"a part of type {kind} without a text"
+    return f"a part of type {str(kind)[:40]}" if kind else f"a part that is {str(part)[:40]!r}"
 
 
 def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str)
+    return isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
 
 
 def _is_thinking(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in _THINKING_PARTS and _thinking_of(part) is not None
+    return isinstance(part, dict) and part.get("type") in THINKING_PARTS and _thinking_of(part) is not None
 
 
 def _thinking_of(part: dict) -> str | None:
@@ -244,6 +263,17 @@ def checked_tools(tools: Any) -> list[dict]:
     if any(schema in tool or None in tool.values() for tool in tools for schema in _SCHEMAS):
         tools = [_openai({key: value for key, value in tool.items() if value is not None}) for tool in tools]
     return tools
+
+
+def check_named(tools: list[dict]) -> None:
+    """Raise ChatError for a tool that a model could not call: without a name, or with parameters of no form."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ChatError("bad tools", f"a tool without a name: {str(tool)[:60]}")
+        if not isinstance(function.get("parameters", {}), dict):
+            raise ChatError("bad tools", f"the parameters of {name} are a {type(function['parameters']).__name__}")
 
 
 _SCHEMAS = ("inputSchema", "input_schema")  # MCP and the AI SDK that OpenCode uses; Anthropic

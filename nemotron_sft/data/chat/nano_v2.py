@@ -75,6 +75,13 @@ class NanoV2(Template):
                     found.append([*past[:-1], (past[-1][0], past[-1][1] + opening), ("assistant", rest)])
         return found or [_merged(blocks)]
 
+    def _check_context(self, messages: list[dict], sequences: list[list[Span]]) -> None:
+        for i, message in enumerate(messages):
+            if (message["role"] == "developer" or (i and message["role"] == "system")) and message["content"].strip():
+                raise ChatError(
+                    "message not rendered", f"message {i}, a {message['role']}'s: {self.name} leaves it out"
+                )
+
 
 def _blocks(messages: list[dict], tools: list[dict]) -> list[Span]:
     """The system block, which is always there, and one block for every further message, as history."""

@@ -105,7 +105,7 @@ class Nano3(Template):
     _jinja_note = "'{thinking token budget: ' ~ reasoning_budget ~ '}' if reasoning_budget is defined"
     _notes: ClassVar[dict] = {}  # {effort: (the variable that the published template reads, what it writes)}
     _budgets = True  # whether an effort may be a number of tokens
-    _thinking_shows = False
+    _thinking_shows = _skips = False
 
     @classmethod
     def jinja(cls) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,15 @@ from itertools import pairwise
 from typing import Any
 
 from nemotron_sft.data.chat.flags import trained_messages
-from nemotron_sft.data.chat.messages import ChatError, checked_tools, clean_messages, is_empty
+from nemotron_sft.data.chat.marks import SPECIAL, Marks, find_marks
+from nemotron_sft.data.chat.messages import (
+    ChatError,
+    check_named,
+    checked_tools,
+    clean_messages,
+    is_empty,
+    reasons_twice,
+)
 
 Span = tuple[str, str]  # (role, text)
 Messages = list[dict]
@@ -22,8 +29,7 @@ Kwargs = dict[str, Any] | None
 MASKS = ("assistant", "last_turn", "all")
 HISTORIES = ("truncate", "keep")
 EMPTY_ANSWERS = ("drop", "train")
-# <|im_end|>, DeepSeek's with full-width bars, Gemma 4's <|turn> and <turn|>, <start_of_turn>, <SPECIAL_10>, </s>, <bos>
-_SPECIAL = re.compile(r"<[|\uff5c][^<>\s]{1,60}>|<[^<>\s]{1,60}[|\uff5c]>|<\w+_of_\w+>|<[A-Z]+_\d+>|</?s>|<[be]os>")
+_LAST = frozenset("> \n")  # what a text ends with whose end may be a mark
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Template:
         """A built-in template as Jinja, for whatever serves the model."""
         raise NotImplementedError
 
+    _skips = True  # whether it may leave a message out
     _thinking_shows = True  # whether `thinking` changes the text of a finished conversation
 
     def __getstate__(self) -> dict:
@@ -111,17 +118,50 @@ class Template:
         """
         messages, tools = self._read(messages, tools)
         trained = self._trained(messages, train_turns)
-        if self.empty_answers == "drop":
-            for index, message in enumerate(messages):
-                if trained[index] and is_empty(message):
-                    hint = "template.empty_answers=train trains such answers"
-                    raise ChatError("empty answer", f"message {index} has neither an answer nor a tool call; {hint}")
+        if tools:
+            check_named(tools)
+        drop = self.empty_answers == "drop"
+        for index, message in enumerate(messages):
+            if trained[index] and ((drop and is_empty(message)) or len(message) > 2):
+                self._check_answer(index, message)
         found = self._found(messages, tools, trained, chat_template_kwargs)
         if not _has_training(found[-1]):
             if any(message["role"] == "assistant" for message in messages):
                 raise ChatError("no trained answer", "the record says of every answer that it is not trained")
             raise ChatError("no assistant turn")
+        if self._skips:
+            last = max((index for index, value in enumerate(trained) if value), default=0)
+            self._check_context(messages[:last], found)
         return found
+
+    def _check_answer(self, index: int, message: dict) -> None:
+        """Raise ChatError for an answer to train that is empty, reasons in two ways, or calls what has no name."""
+        if self.empty_answers == "drop" and is_empty(message):
+            hint = "template.empty_answers=train trains such answers"
+            raise ChatError("empty answer", f"message {index} has neither an answer nor a tool call; {hint}")
+        if reasons_twice(message):
+            raise ChatError("bad reasoning", f"message {index} has one in its content and another in its field")
+        if any(not call.get("function", call)["name"] for call in message.get("tool_calls", ())):
+            raise ChatError("bad tool call", f"message {index}: a tool call without a function name")
+
+    def _check_context(self, messages: list[dict], sequences: list[list[Span]]) -> None:
+        """Raise ChatError if the template leaves out one of `messages`, those before the last trained answer."""
+
+    @cached_property
+    def _marks(self) -> Marks:
+        return find_marks(self.render)
+
+    def unmarked(self, messages: list) -> tuple[list, set[str]]:
+        """Messages without the marks that this template writes itself (marks.py), and which those were."""
+        found: set[str] = set()
+        for index, message in enumerate(messages):
+            content = message.get("content") if type(message) is dict else None
+            if type(content) is str and content[-1:] in _LAST:
+                content, mark = self._marks.bare(str(message.get("role")), content)
+                if mark:
+                    messages = [*messages[:index], {**message, "content": content}, *messages[index + 1 :]]
+                    found.add(mark)
+        return messages, found
 
     def written_tokens(self) -> list[str]:
         """The special tokens that this template writes into a plain conversation, as far as their looks tell."""
@@ -131,7 +171,7 @@ class Template:
             with suppress(ChatError):
                 text = self.generation_prompt(chat) + self.render([*chat, answer])
                 own = [token for token in (self.special_tokens or {}).values() if token and token in text]
-                return sorted({*_SPECIAL.findall(text), *own})
+                return sorted({*SPECIAL.findall(text), *own})
         return []
 
     def _found(self, messages: list[dict], tools: list[dict], trained: list[bool], kwargs: Any) -> list[list[Span]]:

@@ -83,6 +83,9 @@ def test_answers_that_are_not_to_be_trained_stay_as_context(load, flags):
         {"metadata": {"train_turns": None}, "train_turns": [False, False, False, True]},
         {"loss_mask": [0, 0, 0, 1], "mask": "User"},
         {"loss_mask": [0, 0, 0, 1], "train_turns": [False, False, False, True]},
+        {"weights": [0, 0, 0, 1.0], "train": True},
+        {"train_turns": "[false, false, false, true]"},
+        {"metadata": {"train_turns": "[false, false, false, true]"}},
     ],
 )
 def test_train_turns(record):
@@ -101,6 +104,7 @@ def test_train_turns(record):
         {"metadata": '{"train_turns": ['},
         {"loss_mask": [0, 1]},  # per answer
         {"loss_mask": [0, 0, 0, 1], "train_turns": [0, 1, 0, 1]},
+        {"weights": [0, 0, 0, 0.5]},
         {"mask": "Assistant"},
         {"mask": [0, 0, 0, 1]},
     ],
@@ -110,6 +114,15 @@ def test_train_turns_that_cannot_be_obeyed_are_refused(record):
     with pytest.raises(ChatError) as caught:
         load_template("nano3").training_sequences(chat, **per_record(record))
     assert caught.value.reason in ("bad training flag", "bad metadata")
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable"])
+def test_a_record_that_is_not_to_be_trained(key):
+    for value in (False, 0):
+        with pytest.raises(ChatError, match=f'"filter": {{"{key}": true}}'):
+            per_record({key: value})
+    for value in (True, 1, None, "2024", "", [], 0.5):
+        assert per_record({key: value}) == {}
 
 
 @pytest.mark.parametrize("metadata", [None, "free text", '{"source": "x"', {"source": "x"}, [], 3])
@@ -313,6 +326,14 @@ def test_reasoning_by_any_name(message):
         load_template("nano_v2").training_sequences([USER, message])
     template = jinja("{{ '[' + m.thinking + ']' if m.thinking }}{{ m.content }}", reasoning_field="thinking")
     assert trained(template, [USER, message]) == [["[because]a" + END]]
+
+
+def test_reasoning_in_two_ways_is_refused():
+    for more in ({"reasoning_content": "other"}, {"thinking": "other"}):
+        with pytest.raises(ChatError, match="one in its content and another"):
+            load_template("nano3").training_sequences([USER, {**answer("<think>\nbecause\n</think>\na"), **more}])
+    empty = answer("<think>\n</think>\na", reasoning_content="because")
+    assert load_template("nano3").training_sequences([USER, empty])
 
 
 @both
@@ -547,6 +568,19 @@ def test_a_template_that_reads_bare_tools_gets_them_as_they_are():
     template = jinja("{{ m.content }}", "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}")
     assert template.render([USER], [FUNCTION]).startswith('{"name": "get"')
     assert template.render([USER], [WRAPPED]).startswith('{"type": "function"')
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [{"name": ""}, {"type": "web_search"}, {"type": "function", "function": {}}, {"name": "f", "parameters": "x"}],
+)
+def test_a_tool_that_cannot_be_called_is_refused(tool):
+    for template in (load_template("nano3"), jinja("{{ m.content }}")):
+        with pytest.raises(ChatError, match=r"without a name|parameters of f"):
+            template.training_sequences([USER, ANSWER], [tool])
+    unnamed = {"role": "assistant", "tool_calls": [{"function": {"name": "", "arguments": {}}}]}
+    with pytest.raises(ChatError, match="without a function name"):
+        load_template("nano3").training_sequences([USER, unnamed])
 
 
 def test_openais_old_function_calls():

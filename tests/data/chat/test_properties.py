@@ -98,7 +98,7 @@ def test_properties(name, messages):
         assert any(joined(spans).startswith(text) for text in texts)
         assert all(text.endswith(ENDS[name]) for role, text in spans if role == "assistant" and text)
     wanted = [message["content"] or "" for message in answers if not off(message)]
-    assert all(content.strip() in text for content, text in zip(wanted, trained, strict=True))
+    assert all(any(content.strip() in text for text in trained) for content in wanted)  # in any order
 
 
 def test_most_conversations_are_rendered():
