@@ -653,7 +653,7 @@ def test_what_the_template_writes_itself_is_left_out_and_counted(configured, tmp
     assert metadata["blend"]["datasets"][0]["flags"] == {"the template's end token in the text": 2}
     turns = chat("q1", "a1", "q2", "a2", system="s", train_turns=[False, False, False, True])
     prep.run(configured(jsonl(tmp_path / "b.jsonl", [turns]), output="turns"))
-    system = {"role": "system", "content": "s"}
-    flagged = {"messages": [system, *turns["messages"][:1], {**turns["messages"][1], "weight": 0}, *turns["messages"][2:]]}
+    question, answer, *more = turns["messages"]
+    flagged = {"messages": [{"role": "system", "content": "s"}, question, {**answer, "weight": 0}, *more]}
     prep.run(configured(jsonl(tmp_path / "c.jsonl", [flagged]), output="flagged"))
     assert unpacked(tmp_path / "turns") == unpacked(tmp_path / "flagged") != Counter()
