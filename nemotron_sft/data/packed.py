@@ -21,7 +21,6 @@ import orjson
 
 from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.files import AtomicFile, write_json
-from nemotron_sft.record import digests, lineage
 
 FORMAT, VERSION = "nemotron-sft-packed", 2
 READABLE = (1, 2)  # version 1 has neither source nor weight
@@ -303,6 +302,8 @@ def read_metadata(directory: str | Path) -> dict:
         metadata = orjson.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no metadata.json in {directory}: not a finished output of recipes/prep.py") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON ({error}): prepare the data again with recipes/prep.py") from None
     found = (metadata.get("format"), metadata.get("version")) if isinstance(metadata, dict) else None
@@ -339,23 +340,3 @@ def find_data(path: str, output_dir: str | Path) -> Path:
     if not committed:
         raise UserError(f"no prepared data under {root}: run python recipes/prep.py first, or give data=PATH")
     return committed[-1].parent
-
-
-def check_data(data_dir: Path, verify: str = "sizes") -> dict:
-    """The metadata of a prep output whose files are all there and whole; verify="full" reads every byte."""
-    if verify not in ("sizes", "full"):
-        raise UserError(f"data.verify={verify}: choose sizes or full")
-    metadata = read_metadata(data_dir)
-    if metadata["format_on_disk"] != "npy":
-        raise UserError(
-            f"{data_dir} is in {metadata['format_on_disk']} format for stock Bridge: prepare it with format=npy"
-        )
-    for split in SPLITS:
-        facts = metadata["splits"][split]
-        if facts["packs"] and len(open_packs(data_dir / facts["file"])) != facts["packs"]:
-            raise UserError(
-                f"{data_dir / facts['file']} does not hold the {facts['packs']} packs that metadata.json names"
-            )
-    if verify == "full":
-        digests.verify(data_dir, lineage.data_files(metadata))
-    return metadata

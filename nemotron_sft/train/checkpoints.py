@@ -68,13 +68,19 @@ def is_hf(directory: str | None) -> bool:
     return directory is not None and Path(directory, "config.json").exists()
 
 
+def check_conversion(init_from: str, world_size: int) -> None:
+    """Raise UserError where train.train_iters=0 has nothing that it could convert."""
+    if not is_hf(init_from):
+        raise UserError("train.train_iters=0 converts Hugging Face weights: set init_from to a directory or hub id")
+    if world_size > 1:
+        raise UserError("train.train_iters=0 only converts weights, in one process: start it without torchrun")
+
+
 def convert(model, init_from: str, checkpoints: Path) -> None:
     """Write the weights of a Hugging Face directory as a Megatron checkpoint of iteration 0, in this process alone.
 
-    model: Bridge's model provider. Raises UserError for other sources.
+    model: Bridge's model provider.
     """
-    if not is_hf(init_from):
-        raise UserError("train.train_iters=0 converts Hugging Face weights: set init_from to a directory or hub id")
     from megatron.bridge.training.model_load_save import save_megatron_model
 
     with alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from nemotron_sft.config import TrainConfig
@@ -13,12 +14,14 @@ from nemotron_sft.train import estimate, hf, peft, tuning, values
 from nemotron_sft.train.balance import Dealing
 from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
+from nemotron_sft.train.limits import check_numbers, check_shape
 from nemotron_sft.train.start import Machine
 from nemotron_sft.train.topology import check_topology, layers_of
 
 # Sections whose keys are set on the field of the same name of the ConfigContainer.
 SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "checkpoint", "ddp", "logger", "dist", "rng")
 SPLITS = ("training", "validation", "test")
+Tell = Callable[[str], None]  # prints a line, on rank 0
 
 
 def build(
@@ -28,23 +31,27 @@ def build(
     run_dir: Path,
     machine: Machine,
     checked: bool = True,
+    tell: Tell = say,
 ):
     """Build the ConfigContainer of a run.
 
     metadata is the prep output's metadata.json: pack size, vocabulary and the number of packs come from there.
     Without data (a preflight) both are None, and the model's own pack size and vocabulary stand.
-    checked=False leaves `check_division` to the caller. Raises UserError for settings that cannot work together.
+    checked=False leaves `check_division` to the caller. tell is given lines about what may surprise.
+    Raises UserError for settings that cannot work together.
     """
-    _check_numbers(config)
+    check_numbers(config)
     container = _base(config)
     _settings(container, config, machine)
+    check_shape(container.model)
     packs = _data_shape(container.model, config, metadata, data_dir)
     _token_weighting(container)
     _rows(container, config, machine)
     if checked:
         check_division(container, machine.world_size)
-    _length(container, config, packs, max(1, replicas(container.model, machine.world_size)))
-    _schedule(container, config, machine.rank)
+    tell = tell if machine.rank == 0 else _silent
+    _length(container, config, packs, max(1, replicas(container.model, machine.world_size)), tell)
+    _schedule(container, config, tell)
     _dataset(container, config, metadata, data_dir, machine)
     _checkpoints(container, config, run_dir)
     if metadata and is_hf(container.checkpoint.pretrained_checkpoint):
@@ -163,36 +170,36 @@ def check_division(container, world_size: int) -> None:
         )
 
 
-def _length(container, config: TrainConfig, packs: dict[str, int], ranks: int) -> None:
+def _silent(line: str) -> None:
+    """What the other ranks say."""
+
+
+def _length(container, config: TrainConfig, packs: dict[str, int], ranks: int, tell: Tell) -> None:
     """How many steps are trained, and how many are validated at a time."""
     train, validation = container.train, container.validation
+    if packs["training"]:
+        _check_step(config, packs["training"], train.global_batch_size, tell)
     if config.train.epochs is not None:  # wins over train_iters, which most model configs set
         train.train_iters = max(1, math.ceil(config.train.epochs * packs["training"] / train.global_batch_size))
     step = train.micro_batch_size * ranks
     validation.eval_micro_batch_size, validation.eval_global_batch_size = train.micro_batch_size, step
     if config.validation.eval_iters is None:  # everything, once
         validation.eval_iters = math.ceil(max(packs["validation"], packs["test"]) / step)
+    if packs["training"] and not packs["validation"] and validation.eval_interval and validation.eval_iters:
+        tell("the data has no validation packs: nothing is validated (validation.eval_interval=0 says so)")
 
 
-def _check_numbers(config: TrainConfig) -> None:
-    """Raise UserError for lengths and intervals that no run can have."""
-    train, validation = config.train, config.validation
-    for name, value, least in (
-        ("train.train_iters", train.train_iters, 0),
-        ("train.global_batch_size", train.global_batch_size, 1),
-        ("train.packs_per_microbatch", train.packs_per_microbatch, 1),
-        ("validation.eval_interval", validation.eval_interval, 0),
-        ("validation.eval_iters", validation.eval_iters, 0),
-        ("logger.log_interval", config.logger.log_interval, 1),
-        ("scheduler.lr_warmup_iters", config.scheduler.lr_warmup_iters, 0),
-    ):
-        if isinstance(value, int) and value < least:
-            raise UserError(f"{name}={value} must be at least {least}")
-    if train.epochs is not None and not train.epochs > 0:
-        raise UserError(f"train.epochs={train.epochs} must be above 0 (train.train_iters=0 only converts weights)")
+def _check_step(config: TrainConfig, packs: int, step: int, tell: Tell) -> None:
+    """Say that the data is read several times in a step; raise UserError where that is more than was asked for."""
+    if step <= packs:
+        return
+    key = f"train.global_batch_size={step} is more than the {packs} training packs"
+    if config.train.epochs is not None and config.train.epochs < step / packs:
+        raise UserError(f"{key}: a step would be {step / packs:.3g} epochs; take {packs} or less, or prepare more data")
+    tell(f"{key}: a step reads the data {step / packs:.3g} times")
 
 
-def _schedule(container, config: TrainConfig, rank: int) -> None:
+def _schedule(container, config: TrainConfig, tell: Tell) -> None:
     """Weight decay and the length of the learning rate's decay."""
     scheduler = container.scheduler
     # Bridge decays weights by the scheduler's pair of values, not by the optimizer's, which the user sets.
@@ -202,12 +209,14 @@ def _schedule(container, config: TrainConfig, rank: int) -> None:
     if "lr_decay_iters" not in config.scheduler.bridge:
         scheduler.lr_decay_iters = None  # the whole run, whatever length the recipe had in mind
     rate, least = container.optimizer.lr, container.optimizer.min_lr or 0.0
-    if rate is None or not rate > 0 or least < 0:
-        raise UserError(f"optimizer.lr={rate} must be above 0, and optimizer.min_lr={least} not below")
+    if rate is None:
+        raise UserError("optimizer.lr is not set, and the model's recipe has none: set it")
     if rate < least:  # the model's, or the recipe's, and core refuses it
         container.optimizer.min_lr = rate
-        if rank == 0:
-            say(f"optimizer.min_lr={least} is above optimizer.lr={rate}: the rate stays at {rate} (set min_lr as well)")
+        tell(f"optimizer.min_lr={least} is above optimizer.lr={rate}: the rate stays at {rate} (set min_lr as well)")
+    decay = scheduler.lr_decay_iters or container.train.train_iters
+    if 0 < decay <= scheduler.lr_warmup_iters:  # Bridge cuts it
+        tell(f"scheduler.lr_warmup_iters={scheduler.lr_warmup_iters}: the rate rises until the end, step {decay}")
 
 
 def _dataset(container, config: TrainConfig, metadata: dict | None, data_dir: Path | None, machine: Machine) -> None:

@@ -69,7 +69,7 @@ def _stages(container, parts: Sizes, world_size: int, logits_share: float) -> It
     expert_group = model.expert_model_parallel_size * (model.expert_tensor_parallel_size or tensor)
     weight, gradient, state = bytes_per_parameter(container)
     sharded = container.ddp.use_distributed_optimizer or container.optimizer.use_distributed_optimizer
-    copies = world_size // (tensor * pipeline) if sharded else 1  # of everything outside of experts
+    copies = max(1, world_size // (tensor * pipeline)) if sharded else 1  # of everything outside of experts
     expert_copies = max(1, world_size // (expert_group * pipeline)) if sharded else 1
     row = container.train.micro_batch_size * model.seq_length / model.context_parallel_size
     split = zip(stage_parts(parts, pipeline), held(model, parts), strict=True)

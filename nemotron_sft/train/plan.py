@@ -10,18 +10,21 @@ from pathlib import Path
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.console import console, say
 from nemotron_sft.data.opened import open_tokenizer
-from nemotron_sft.data.packed import check_data, find_data
+from nemotron_sft.data.packed import find_data
 from nemotron_sft.data.shown import described, marked_text
+from nemotron_sft.data.whole import check_data
 from nemotron_sft.errors import UserError
-from nemotron_sft.train import propose
+from nemotron_sft.train import evaluation, propose, resume
 from nemotron_sft.train.batches import PackedDataset
+from nemotron_sft.train.checkpoints import check_conversion, starting_point
 from nemotron_sft.train.container import build, check_division, replicas
 from nemotron_sft.train.estimate import GIB, held, memory, tokens_with_logits
+from nemotron_sft.train.limits import check_with_bridge
 from nemotron_sft.train.overlap import overlap
 from nemotron_sft.train.prompts import load_prompts
 from nemotron_sft.train.sizes import sizes
 from nemotron_sft.train.speed import seconds_per_step
-from nemotron_sft.train.start import Machine, log_to_file, start_bridge
+from nemotron_sft.train.start import Machine, log_to_file, start_bridge, this_machine
 
 LOOK = 300  # tokens of a pack of the first step that are shown
 DIVISION = {
@@ -40,36 +43,54 @@ def plan(config: TrainConfig) -> None:
     with contextlib.suppress(UserError):  # it may not have been prepared yet
         data_dir = find_data(config.data.path, config.output_dir)
     if data_dir and data_dir.exists():
-        metadata = check_data(data_dir)
+        metadata = check_data(data_dir, config.data.verify)
     prompts = load_prompts(config.heldout, metadata) if metadata else None
     with log_to_file(Path(os.devnull)):
         start_bridge()
         machine = Machine(int(config.gpu.memory * GIB), world_size=world_size)
         where = Path(config.run_dir or config.output_dir)
-        container = build(config, metadata, data_dir, where, machine, checked=False)
-        refused = None
+        told: list[str] = []
+        container = build(config, metadata, data_dir, where, machine, checked=False, tell=told.append)
+        _check_start(config, container, where, data_dir, metadata)
+        refused, rows = None, {}
         try:
             check_division(container, world_size)
-            rows = describe(container, metadata, world_size, config.gpu)
         except UserError as error:
-            refused, rows = error, {}
+            refused = error
+        else:
+            if container.train.train_iters:
+                check_with_bridge(container, replicas(container.model, world_size), this_machine().on_cpu, planned=True)
+            rows = describe(container, metadata, world_size, config.gpu)
         proposals = _proposals(config, container, metadata, world_size, refused)
-    if not refused:
-        rows["data"] = str(data_dir) if metadata else "none yet"
-        rows["starts from"] = config.init_from
-        for name, about in (prompts.about() if prompts else {}).items():
-            rows[f"score/{name}"] = f"{about['prompts']:,} prompts; {about['chance']:.1%} are right by chance"
-        print(f"Preflight of {config.name}: nothing was allocated or written")
-        for name, text in rows.items():
-            print(f"  {name:<16} {text}")
-    for line in proposals:
-        print(line)
-    if metadata and not refused:
-        for line in overlap(prompts, metadata, data_dir) if prompts else ():
-            say(line, sys.stdout)
-        _first_look(data_dir, metadata, config.seed)
     if refused:
+        print(*proposals, sep="\n")
         raise refused
+    rows["data"] = str(data_dir) if metadata else "none yet"
+    rows["starts from"] = config.init_from
+    for name, about in (prompts.about() if prompts else {}).items():
+        rows[f"score/{name}"] = f"{about['prompts']:,} prompts; {about['chance']:.1%} are right by chance"
+    print(f"Preflight of {config.name}: nothing was allocated or written")
+    shared = overlap(prompts, metadata, data_dir) if prompts else []
+    for line in [*(f"  {name:<16} {text}" for name, text in rows.items()), *proposals, *told, *shared]:
+        say(line, sys.stdout)
+    if metadata:
+        _first_look(data_dir, metadata, config.seed)
+
+
+def _check_start(config: TrainConfig, container, run_dir: Path, data_dir: Path | None, metadata: dict | None) -> None:
+    """Raise UserError for what is here and cannot be started from, or asked on the way. Weights may be elsewhere."""
+    evaluation.check(config.heldout, container)
+    start = Path(config.init_from)
+    if start.exists() and not (start / "config.json").exists():
+        starting_point(config.init_from)
+    if not container.train.train_iters and (start.exists() or config.init_from == "random"):
+        check_conversion(config.init_from, 1)
+    if config.checkpoint.load and Path(config.checkpoint.load).exists():
+        resume.check_load(Path(config.checkpoint.load))
+    if config.run_dir:
+        resume.check_run_dir(run_dir)
+        if metadata:
+            resume.check(container, run_dir, data_dir, metadata)
 
 
 def _first_look(data_dir: Path, metadata: dict, seed: int) -> None:

@@ -32,6 +32,8 @@ def check(container: Any, run_dir: Path, data_dir: Path, metadata: dict) -> None
     that starts from another run's Megatron checkpoint needs that one's model.
     """
     own = newest_iteration(run_dir / "checkpoints")
+    if container.checkpoint.load:
+        check_load(Path(container.checkpoint.load))
     if own:
         check_steps(int(own.name.removeprefix("iter_")), container.train.train_iters, run_dir)
         check_data(run_dir, data_dir, metadata)
@@ -46,6 +48,23 @@ def check(container: Any, run_dir: Path, data_dir: Path, metadata: dict) -> None
             if own and path == container.checkpoint.load:
                 check_adapters(container.peft, saved.get("peft"), path)
                 check_base(start, saved, run_dir)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raise UserError for a directory that is something else, whose files a run would overwrite."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir} is a file: name a directory, new or of a run that is to go on")
+    if (run_dir / "metadata.json").exists():
+        raise UserError(f"run_dir={run_dir} holds prepared data, which a run would overwrite: name another")
+    if is_hf(str(run_dir)):
+        raise UserError(f"run_dir={run_dir} holds a Hugging Face model: name another, and give this as init_from")
+
+
+def check_load(path: Path) -> None:
+    """Raise UserError where checkpoint.load holds no checkpoint: Bridge would say so late, or start without one."""
+    inside = ("run_config.yaml", ".metadata", "config.json")  # of Bridge's, Megatron-LM's, Hugging Face's
+    if not newest_iteration(path) and not any((path / name).exists() for name in inside):
+        raise UserError(f"checkpoint.load={path} holds no checkpoint: name the checkpoints/ of a run, or one of them")
 
 
 def _has_config(path: Path) -> bool:

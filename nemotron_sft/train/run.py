@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemotron_sft.config import TrainConfig
 from nemotron_sft.console import say
-from nemotron_sft.data.packed import check_data, find_data
+from nemotron_sft.data.packed import find_data
+from nemotron_sft.data.whole import check_data
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import AtomicFile
 from nemotron_sft.paths import STARTED, TYPED
@@ -26,8 +27,9 @@ from nemotron_sft.train import checkpoints, evaluation, export, resume, tracked,
 from nemotron_sft.train.checkpoints import starting_point
 from nemotron_sft.train.compat.cpu import adapt
 from nemotron_sft.train.compat.optimizer import resume_at_another_rate, scale_gradients_once
-from nemotron_sft.train.container import build, resume_from
+from nemotron_sft.train.container import build, replicas, resume_from
 from nemotron_sft.train.evaluation import Heldout
+from nemotron_sft.train.limits import check_with_bridge
 from nemotron_sft.train.page import Page
 from nemotron_sft.train.plan import plan
 from nemotron_sft.train.progress import Progress
@@ -91,7 +93,7 @@ def train(
     run = settle(config, composed, join_processes())
     with log_to_file(run.directory / "logs" / f"rank{run.machine.rank}.log") as terminal:
         start_bridge()
-        container = configure(run)
+        container = configure(run, terminal)
         write_down(run)
         if not container.train.train_iters:
             return convert(run, container, terminal)
@@ -119,6 +121,7 @@ def settle(config: TrainConfig, composed: DictConfig, machine: Machine) -> Run:
     metadata = check_data(data_dir, config.data.verify if rank == 0 else "sizes")
     prompts = load_prompts(config.heldout, metadata)
     run_dir = agree_on_run_dir(config, machine)
+    resume.check_run_dir(run_dir)
     composed.data.path = str(data_dir)  # a resumed run, or an export, means the same data whatever is newest by then
     if config.peft.scheme or not resume_from(config, run_dir):
         config.init_from = starting_point(config.init_from) or "random"
@@ -160,10 +163,16 @@ def write_down(run: Run) -> None:
         (run.directory / "command.txt").write_text(shlex.join([sys.executable, *TYPED]) + "\n")
 
 
-def configure(run: Run) -> Any:
+def configure(run: Run, terminal: TextIO) -> Any:
     """Bridge's ConfigContainer for this machine. A refused config leaves no run directory behind."""
     try:
-        container = build(run.config, run.metadata, run.data_dir, run.directory, run.machine)
+        container = build(
+            run.config, run.metadata, run.data_dir, run.directory, run.machine, tell=lambda line: say(line, terminal)
+        )
+        if container.train.train_iters:
+            check_with_bridge(container, replicas(container.model, run.machine.world_size), run.machine.on_cpu)
+        else:
+            checkpoints.check_conversion(run.config.init_from, run.machine.world_size)
         if run.machine.on_cpu:
             adapt(container)
         elif container.optimizer.clip_grad > 0 and "muon" not in container.optimizer.optimizer:
@@ -179,9 +188,7 @@ def configure(run: Run) -> Any:
 
 
 def convert(run: Run, container: Any, terminal: TextIO) -> None:
-    """Only write the starting weights as a Megatron checkpoint. Raises UserError under torchrun."""
-    if run.machine.world_size > 1:
-        raise UserError("train.train_iters=0 only converts weights, in one process: start it without torchrun")
+    """Only write the starting weights as a Megatron checkpoint."""
     checkpoints.convert(container.model, run.config.init_from, run.directory / "checkpoints")
     export_if_asked(run, terminal)
 

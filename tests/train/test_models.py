@@ -99,7 +99,7 @@ def test_pipeline_and_context_rules():
     with pytest.raises(UserError, match="rows of 66 tokens do not divide into 2 x 2 pieces"):
         container(2, *four, "model.context_parallel_size=2", "model.seq_length=66", "train.packs_per_microbatch=1")
     with pytest.raises(UserError, match="neither a divisor nor a multiple of the 2 query groups"):
-        container(3, *four, "model.tensor_model_parallel_size=3", "model.num_attention_heads=6")
+        container(3, *four, "model.tensor_model_parallel_size=3", "model.num_attention_heads=6", "model.kv_channels=16")
     with pytest.raises(UserError, match="use 12"):
         container(3, *four, "train.global_batch_size=4")
 

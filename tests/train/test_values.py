@@ -123,7 +123,7 @@ def test_the_sections_reach_bridge(bridge, tmp_path):
         ("train.train_iters", -1, "at least 0"), ("train.global_batch_size", 0, "at least 1"),
         ("train.packs_per_microbatch", 0, "at least 1"), ("validation.eval_interval", -5, "at least 0"),
         ("logger.log_interval", 0, "at least 1"), ("optimizer.lr", 0.0, "must be above 0"),
-        ("optimizer.min_lr", -1.0, "not below"),
+        ("optimizer.min_lr", -1.0, "at least 0"),
     ],
 )  # fmt: skip
 def test_lengths_and_rates_that_no_run_can_have(bridge, tmp_path, key, value, message):
