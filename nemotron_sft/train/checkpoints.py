@@ -217,13 +217,23 @@ def newest_iteration(checkpoints: Path) -> Path | None:
     are sorted, validation last; a process killed in between leaves a name without a checkpoint. So the directories
     themselves are looked at. One of Megatron-LM, which has neither file, is whole if it is named.
     """
-    for path in sorted(checkpoints.glob("iter_*"), reverse=True):
-        config = path / "run_config.yaml"
-        if config.exists() and "\nvalidation:\n" in config.read_text():
-            return path
+    if saved := whole_iterations(checkpoints):
+        return saved[-1]
     try:
         name = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
         named = checkpoints / (name if name == "release" else f"iter_{int(name):07d}")
     except (OSError, ValueError):
         return None
     return named if named.is_dir() and not (named / "train_state.pt").exists() else None
+
+
+def whole_iterations(checkpoints: Path) -> list[Path]:
+    """All whole checkpoints of Megatron-Bridge in a directory of them, the oldest first."""
+    configs = ((path, path / "run_config.yaml") for path in sorted(checkpoints.glob("iter_*")))
+    return [path for path, config in configs if config.exists() and "\nvalidation:\n" in config.read_text()]
+
+
+def step_of(iteration: Path) -> int:
+    """The step of a checkpoint directory iter_*; 0 of another."""
+    number = iteration.name.removeprefix("iter_")
+    return int(number) if number.isdigit() else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemotron_sft.errors import UserError
 from nemotron_sft.record import lineage
-from nemotron_sft.train.checkpoints import is_hf, newest_checkpoint, newest_iteration, run_of
+from nemotron_sft.train.checkpoints import is_hf, newest_checkpoint, newest_iteration, run_of, step_of
 
 # Fields of Bridge's model providers that the shapes of weights, or what is computed with them, depend on.
 MODEL = (
@@ -35,7 +35,7 @@ def check(container: Any, run_dir: Path, data_dir: Path, metadata: dict) -> None
     if container.checkpoint.load:
         check_load(Path(container.checkpoint.load))
     if own:
-        check_steps(int(own.name.removeprefix("iter_")), container.train.train_iters, run_dir)
+        check_steps(step_of(own), container.train.train_iters, run_dir)
         check_data(run_dir, data_dir, metadata)
     start = container.checkpoint.pretrained_checkpoint
     for path in (container.checkpoint.load, start):

@@ -17,7 +17,8 @@ from nemotron_sft.record import digests, lineage
 from nemotron_sft.record.lineage import MODEL
 from nemotron_sft.record.names import resolve
 from nemotron_sft.record.wandb import Tracker, sample_tag
-from nemotron_sft.train.checkpoints import newest_checkpoint
+from nemotron_sft.train.checkpoints import newest_checkpoint, step_of, whole_iterations
+from nemotron_sft.train.progress import read_metrics
 
 
 class Training:
@@ -39,14 +40,13 @@ class Training:
         earlier = lineage.read(run_dir)
         model = asdict(config.model)
         inputs = [lineage.of_data(data_dir, metadata)]
+        saved = whole_iterations(run_dir / "checkpoints")
+        reached = step_of(saved[-1]) if saved else 0  # later steps will be trained again
         outputs = [self._here(output) for output in earlier["outputs"]] if earlier else []
+        outputs = [output for output in outputs if output["metadata"]["step"] <= reached]
         self.record = lineage.record("train", lineage.plain(composed), inputs, outputs)
         self.record["tracking"] = earlier["tracking"] if earlier else None
-        self.losses: dict[int, float] = {
-            output["metadata"]["step"]: output["metadata"]["validation_loss"]
-            for output in self.record["outputs"]
-            if output["metadata"]["validation_loss"] is not None
-        }
+        self.losses = validation_losses(run_dir, outputs, reached)
         self.best = None
         self._saving = threading.Lock()
         self._hashing = ThreadPoolExecutor(1, "lineage")  # in order; hashing lets other threads run
@@ -60,10 +60,10 @@ class Training:
 
     def __enter__(self) -> Training:
         if self.rank == 0:
-            checkpoints = self.run_dir / "checkpoints"
-            newest = newest_checkpoint(checkpoints)
-            if newest != checkpoints and str(newest) not in [output["path"] for output in self.record["outputs"]]:
-                self._hashing.submit(self._describe, newest)  # saved, but then the run was killed
+            known = [output["path"] for output in self.record["outputs"]]
+            for path in whole_iterations(self.run_dir / "checkpoints"):
+                if str(path) not in known:
+                    self._hashing.submit(self._describe, path)  # saved, but then the run was killed
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -128,7 +128,7 @@ class Training:
     def _record_checkpoint(self, path: Path) -> None:
         entry = self._checkpoint(path)
         others = [output for output in self.record["outputs"] if output["path"] != str(path)]
-        self.record["outputs"] = [*others, entry]
+        self.record["outputs"] = sorted([*others, entry], key=lambda output: output["metadata"]["step"])
         self._choose()
         self.save()
         with contextlib.suppress(OSError):  # it may have been rotated away
@@ -137,7 +137,7 @@ class Training:
 
     def _checkpoint(self, path: Path) -> dict:
         files = digests.describe(path, lineage.inside(path), self.config.tracking.digests)
-        step = int(path.name.removeprefix("iter_"))
+        step = step_of(path)
         metadata = {
             "step": step,
             "validation_loss": self.losses.get(step),
@@ -172,6 +172,18 @@ class Training:
             with contextlib.suppress(Exception):
                 self.say(f"lineage: {first_line(error)}")
             return None
+
+
+def validation_losses(run_dir: Path, outputs: list[dict], reached: int) -> dict[int, float]:
+    """By step, of a run that goes on from step `reached`: what its lineage knows, and what metrics.jsonl does.
+
+    A validation is in metrics.jsonl at once, and in the lineage when the next checkpoint is or the run ends; the run
+    may have been killed in between.
+    """
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    known = [output["metadata"] for output in outputs]
+    known += [line for line in metrics if "validation_loss" in line and line["step"] <= reached]
+    return {line["step"]: line["validation_loss"] for line in known if line["validation_loss"] is not None}
 
 
 def resolve_names(config: TrainConfig, rank: int, world_size: int) -> None:

@@ -212,7 +212,10 @@ def differences(run_dir: Path, like: Straight) -> list[str]:
     weights, theirs = (directory / "hf/model.safetensors" for directory in (run_dir, like.run_dir))
     if not weights.exists() or weights.read_bytes() != theirs.read_bytes():
         found.append("other exported weights")
-    recorded, theirs = ([output["aliases"] for output in outputs(directory)] for directory in (run_dir, like.run_dir))
+    recorded, theirs = (
+        [(output["aliases"], output["metadata"]["validation_loss"]) for output in outputs(directory)]
+        for directory in (run_dir, like.run_dir)
+    )
     if recorded != theirs:
         found.append(f"lineage of {recorded}, straight {theirs}")
     return found
