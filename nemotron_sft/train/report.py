@@ -32,11 +32,10 @@ def summarise(progress, scores: Heldout, run_dir: Path, imported: float, termina
         row("test loss", f"{progress.test:.4f}")
     for name, shares in first_and_last(scores.asked):
         row(f"right answers, {name}", " -> ".join(f"{share:.1%}" for share in shares))
-    row("tokens", f"{progress.tokens:,.0f}")
-    row(
-        "imports / first step / whole run",
-        f"{imported:.1f} s / {progress.first_step or 0:.1f} s / {seconds:.1f} s",
-    )
+    steps = progress.losses[-1][0] if progress.losses else progress.begin
+    row("tokens", f"{steps * progress.tokens_per_step:,.0f}")  # of the whole run, this start may be its second
+    first = f"{progress.first_step:.1f} s" if progress.first_step else "none"
+    row("imports / first step / whole run", f"{imported:.1f} s / {first} / {seconds:.1f} s")
     row("checkpoints", str(run_dir / "checkpoints"))
     out.print(table)
     if len(scores.asked) > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import queue
 
 from nemotron_sft.train.compat.attention import accept_packed_attention, vectorise_packed_rope
 from nemotron_sft.train.compat.bridge import skip_helper_build
@@ -43,6 +44,7 @@ def use_cpu() -> None:
     decode_batches()
     load_all_or_nothing()
     _split_sizes_as_numbers()
+    _results_of_saves_stay_here()
 
 
 @patch(
@@ -90,6 +92,20 @@ def _split_sizes_as_numbers() -> None:
         return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
 
     dispatcher.maybe_move_tensor_to_cpu = move
+
+
+@patch(
+    {"megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue": "(mp_mode)"},
+    seen="megatron-core 0.19.2",
+    until="core starts that process for asynchronous saves alone",
+)
+def _results_of_saves_stay_here() -> None:
+    """What a save has written goes through a process of core's, which imports PyTorch first: 2 to 4 s per run. Saves
+    are not asynchronous here (`adapt`), so writer and reader are threads of one process."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+
+    results: queue.Queue = queue.Queue()
+    writer.get_write_results_queue = lambda mp_mode="spawn": results
 
 
 def adapt(container) -> None:
