@@ -11,12 +11,7 @@ def change(name: str, context: Any, step: Any = None) -> None:
     config = context.state.cfg
     model = context.model[0].config if hasattr(context.model[0], "config") else config.model
     for target in (model, config.model):
-        if name == "rope fusion":
-            target.apply_rope_fusion = True
-        if name.startswith("cross entropy "):
-            target.cross_entropy_loss_fusion = name.split()[-1] != "unfused"
-            if target.cross_entropy_loss_fusion:
-                target.cross_entropy_fusion_impl = name.split()[-1]
+        _fuse(name, target)
     if name.startswith("wgrad fusion "):
         _fuse_weight_gradients(context.model[0], name.endswith("on"))
     if name == "manual gc":
@@ -37,6 +32,16 @@ def change(name: str, context: Any, step: Any = None) -> None:
         config.dataset.sources = 0
     if name == "logits of every token":
         step.skip_untrained = False
+
+
+def _fuse(name: str, model: Any) -> None:
+    """The settings of fused kernels that are fields of a model's config or provider."""
+    if name == "rope fusion":
+        model.apply_rope_fusion = True
+    if name.startswith("cross entropy "):
+        model.cross_entropy_loss_fusion = name.split()[-1] != "unfused"
+        if model.cross_entropy_loss_fusion:
+            model.cross_entropy_fusion_impl = name.split()[-1]
 
 
 def _fuse_weight_gradients(model: Any, fused: bool) -> None:
