@@ -35,7 +35,7 @@ smoke: $(READY)
 	$(PYTHON) recipes/train.py data=output/data/tiny
 
 test: $(READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	.venv/bin/ruff check .

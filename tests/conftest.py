@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, and two workers share the cores
 
 settings.register_profile("no deadline", settings.default, deadline=None)  # an example may meet a busy machine
 settings.load_profile("no deadline")
@@ -121,6 +124,12 @@ def tiny_data(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return next(path.parent for path in out.parent.rglob("metadata.json"))
+
+
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests come first, so that no worker is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_addoption(parser):

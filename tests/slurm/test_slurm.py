@@ -290,7 +290,7 @@ def losses(run_dir):
 
 
 def stop_midway(job, run_dir, *scancel):
-    until(lambda: (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= 5, seconds=240)
+    until(lambda: (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= 3, seconds=240)
     subprocess.run(["scancel", *scancel, job], check=True)
 
 
@@ -304,8 +304,8 @@ def test_training_goes_on_after_a_signal_and_after_scancel(checkout, tiny_data):
     until(lambda: "queued again (1 of 3 times)" in log.read_text())
     assert "told to stop: saved a checkpoint" in log.read_text()
     saved = int((run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text())
-    assert 5 <= saved < 300
-    until(lambda: losses(run_dir)[-1][0] >= saved + 5, seconds=240)
+    assert 3 <= saved < 300
+    until(lambda: losses(run_dir)[-1][0] >= saved + 3, seconds=240)
     steps = [step for step, _ in losses(run_dir)]
     assert steps == list(range(1, len(steps) + 1))  # no step twice, none left out
 
@@ -314,25 +314,20 @@ def test_training_goes_on_after_a_signal_and_after_scancel(checkout, tiny_data):
     saved = int((run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert saved == len(losses(run_dir))  # scancel, too, leaves time to save
 
-    done = checkout.run("train", *options[:-2], f"train.train_iters={saved + 10}", options[-1], timeout=300)
+    done = checkout.run("train", *options[:-2], f"train.train_iters={saved + 3}", options[-1], timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [step for step, _ in losses(run_dir)]
-    assert steps == list(range(1, saved + 11))
+    assert steps == list(range(1, saved + 4))
 
-
-def test_slurm_and_torchrun_leave_the_same(checkout, tiny_data):
-    """The same losses and the same files, from two ranks."""
-    options = [f"data={tiny_data}", *SMALL, "train.train_iters=40", "train.exit_interval=3"]
-    done = checkout.run("train", *options, "cluster.tasks_per_node=2", f"run_dir={checkout.path}/a", timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    # Two ranks under torchrun have the same losses and leave the same files.
     done = subprocess.run(
-        [*TORCHRUN, "recipes/train.py", *options, f"run_dir={checkout.path}/b"],
+        [*TORCHRUN, "recipes/train.py", *options[:-1], f"run_dir={checkout.path}/other", "train.exit_interval=3"],
         cwd=checkout.path, env=checkout.env, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(losses(checkout.path / "a")) == 3
-    assert losses(checkout.path / "a") == losses(checkout.path / "b")
-    names = [sorted(p.name for p in (checkout.path / run).iterdir()) for run in ("a", "b")]
+    assert len(losses(checkout.path / "other")) == 3
+    assert losses(run_dir)[:3] == losses(checkout.path / "other")
+    names = [sorted(p.name for p in run.iterdir()) for run in (run_dir, checkout.path / "other")]
     assert names[0] == names[1] and {"logs", "checkpoints", "metrics.jsonl", "config.yaml"} <= set(names[0])
 
 

@@ -8,14 +8,15 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, losses, recipe, run
+from conftest import ROOT, SMALL, SMALL_HYBRID, losses, recipe, run
 
 from nemotron_sft.data import packed
 from nemotron_sft.data.opened import open_tokenizer
+from nemotron_sft.record import lineage
 from nemotron_sft.train import plan
 
 HYBRID = [
-    "model=tiny",
+    *SMALL_HYBRID,
     "tracking=disabled",
     "train.train_iters=4",
     "validation.eval_interval=4",
@@ -40,6 +41,7 @@ def test_losses_with_and_without_prompts_are_equal(tmp_path, tiny_data, few_prom
     ):
         done = recipe("train", f"data={tiny_data}", f"run_dir={directory}", *HYBRID, *settings)
         assert done.returncode == 0, done.stderr
+    assert not (silent / "wandb").exists() and lineage.read(silent)["outputs"]  # tracking=disabled
     assert len(losses(asked)) == 4 and losses(asked) == losses(silent)
     assert losses(asked, "grad_norm") == losses(silent, "grad_norm")
     assert losses(asked, "validation_loss") == losses(silent, "validation_loss")

@@ -115,7 +115,6 @@ def test_every_metric_of_a_result_is_read():
         ("empty", "tiny,a/tiny.jsonl", None, "two tasks are called tiny"),
         ("empty", "gsm8kk", None, "did you mean gsm8k?"),
         ("hf", "tiny", None, "hf cannot be loaded by transformers"),
-        ("run", "tiny", None, "cannot be exported: .*has no checkpoint"),
         ("empty", "tiny", "run", "cannot be exported: .*has no checkpoint"),
     ],
 )

@@ -39,7 +39,13 @@ def told(bridge, tiny_data, tmp_path, capsys):
 
 
 def settled(config):
-    run.configure(run.settle(check(config, TrainConfig), config, this_machine()), sys.stdout)
+    return run.configure(run.settle(check(config, TrainConfig), config, this_machine()), sys.stdout)
+
+
+def test_epochs_decide_the_number_of_steps(bridge, tiny_data, tmp_path):
+    packs = packed.read_metadata(tiny_data)["splits"]["training"]["packs"]
+    config = composed("train", f"data={tiny_data}", f"output_dir={tmp_path}", *SMALL, "train.epochs=0.5")
+    assert settled(config).train.train_iters == -(-packs // 2 // 4)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,7 @@ def settled(config):
         ([*SMALL, "optimizer.optimizer=adamw"], r"optimizer.optimizer=adamw: choose adam \(which is AdamW\), sgd"),
         ([*SMALL, "scheduler.lr_warmup_fraction=0.1"], "refuses these settings: Cannot specify lr_warmup_fraction"),
         ([*SMALL, "train.global_batch_size=3"], "global_batch_size=3 is not a multiple of 2"),
+        ([*SMALL, "train.global_batch_size=5"], "use 6"),
         ([*SMALL, "train.global_batch_size=100000", "train.epochs=1"], "a step would be .* epochs; take"),
         ([*SMALL, "train.train_iters=0"], "train.train_iters=0 converts Hugging Face weights: set init_from"),
         ([*SMALL, "train.micro_batch_size=3"], "train.micro_batch_size: set train.packs_per_microbatch"),
