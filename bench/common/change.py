@@ -6,6 +6,13 @@ import gc
 from typing import Any
 
 
+ONE_FIELD = {
+    "no NaN check of the loss": ("rerun_state_machine", "check_for_nan_in_loss", False),
+    "no signal check": ("train", "exit_signal_handler", False),
+    "no losses by dataset": ("dataset", "sources", 0),
+}
+
+
 def change(name: str, context: Any, step: Any = None) -> None:
     """Switch on the setting `name`; settings add up. step: this repository's ForwardStep, for what it alone decides."""
     config = context.state.cfg
@@ -17,8 +24,9 @@ def change(name: str, context: Any, step: Any = None) -> None:
     if name == "manual gc":
         gc.collect()
         gc.disable()
-    if name == "no NaN check of the loss":
-        config.rerun_state_machine.check_for_nan_in_loss = False
+    if name in ONE_FIELD:
+        section, field, value = ONE_FIELD[name]
+        setattr(getattr(config, section), field, value)
     if name == "no NaN check of gradients":
         _do_not_check_gradients(context.model)
     if name in ("no metrics readback", "Bridge's logging"):
@@ -26,10 +34,6 @@ def change(name: str, context: Any, step: Any = None) -> None:
         config.logger.skip_train_metrics_log = not bridges
         config.train.check_optimizer_step_success = bridges
         config.train.skip_sync_grad_norm_across_mp = not bridges
-    if name == "no signal check":
-        config.train.exit_signal_handler = False
-    if name == "no losses by dataset":
-        config.dataset.sources = 0
     if name == "logits of every token":
         step.skip_untrained = False
 
