@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-
 ONE_FIELD = {
     "no NaN check of the loss": ("rerun_state_machine", "check_for_nan_in_loss", False),
     "no signal check": ("train", "exit_signal_handler", False),
