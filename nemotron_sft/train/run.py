@@ -26,7 +26,7 @@ from nemotron_sft.record import wandb
 from nemotron_sft.train import checkpoints, evaluation, export, resume, tracked, vocabulary
 from nemotron_sft.train.checkpoints import starting_point
 from nemotron_sft.train.compat.cpu import adapt
-from nemotron_sft.train.compat.optimizer import resume_at_another_rate, scale_gradients_once
+from nemotron_sft.train.compat.optimizer import resume_at_another_rate, shorten_the_optimizers_step
 from nemotron_sft.train.container import build, replicas, resume_from
 from nemotron_sft.train.evaluation import Heldout
 from nemotron_sft.train.limits import check_with_bridge
@@ -175,8 +175,8 @@ def configure(run: Run, terminal: TextIO) -> Any:
             checkpoints.check_conversion(run.config.init_from, run.machine.world_size)
         if run.machine.on_cpu:
             adapt(container)
-        elif container.optimizer.clip_grad > 0 and "muon" not in container.optimizer.optimizer:
-            scale_gradients_once()  # Muon clips by a norm that it imports itself
+        else:
+            shorten_the_optimizers_step(container.optimizer)
         resume_at_another_rate()
         evaluation.check(run.config.heldout, container)
         resume.check(container, run.directory, run.data_dir, run.metadata)

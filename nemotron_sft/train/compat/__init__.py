@@ -7,6 +7,7 @@
     mamba.py        Mamba layers
     gpu.py        what Megatron lacks, or does slowly, on a GPU
     optimizer.py  gradients scaled once; a resumed run at another learning rate
+    adam.py         the update of weights in one fast pass
     bridge.py     Bridge on either: where it finds configs, what it builds, what an adapter checkpoint holds
     conversion.py Hugging Face weights into a model: all of them, or none
     transformers.py what transformers computes on the CPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemotron_sft.train.compat.adam import Factors, read_memory_at_full_speed
 from nemotron_sft.train.compat.registry import patch
 
 
@@ -23,11 +24,11 @@ from nemotron_sft.train.compat.registry import patch
     seen="megatron-core 0.19.2, transformer-engine 2.20",
     until="core folds the two factors into one",
 )
-def scale_gradients_once() -> None:
+def scale_gradients_once(factors: Factors | None = None) -> None:
     """Core multiplies all gradients by 1 / trained tokens, and then again by what clipping makes of their norm.
 
-    Each is a pass over 4 bytes per parameter, read and written. The first factor waits for the second. Only for
-    optimizers that clip (clip_grad > 0).
+    Each is a pass over 4 bytes per parameter, read and written. The first factor waits for the second, and where Adam
+    multiplies by both itself, `factors` takes them. Only for optimizers that clip (clip_grad > 0).
     """
     from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
     from megatron.core.optimizer import clip_grads, optimizer
@@ -44,10 +45,17 @@ def scale_gradients_once() -> None:
         import torch
 
         name = "decoupled_grad" if use_decoupled_grad else "grad"
-        gradients = [getattr(parameter, name, None) for parameter in parameters]
-        gradients = [clip_grads.to_local_if_dtensor(each).detach() for each in gradients if each is not None]
         clipped = torch.as_tensor(max_norm / (total_norm + 1.0e-6), device="cuda").clamp(max=1.0)
         factor = (clipped * waiting.get("factor", 1.0)).float().view(1)
+        gradients, fused = [], []
+        for parameter in parameters:
+            if (gradient := getattr(parameter, name, None)) is not None:
+                by_adam = factors is not None and use_decoupled_grad and parameter.dtype == torch.bfloat16
+                (fused if by_adam else gradients).append(clip_grads.to_local_if_dtensor(gradient).detach())
+        if fused:
+            gradients += factors.put(fused, factor)
+        if not gradients:
+            return
         overflow = torch.zeros(1, dtype=torch.int, device="cuda")
         clip_grads.multi_tensor_applier(
             clip_grads.multi_tensor_scale_tensor_impl, overflow, [gradients, gradients], factor
@@ -57,6 +65,16 @@ def scale_gradients_once() -> None:
         return
     DistributedDataParallel.scale_gradients = scale_gradients
     optimizer.get_grad_norm_fp32, optimizer.clip_grad_by_total_norm_fp32 = get_grad_norm, clip
+
+
+def shorten_the_optimizers_step(config: Any) -> None:
+    """Fewer passes over weights and gradients on a GPU. config: core's OptimizerConfig, with all settings made."""
+    factors = Factors()
+    adam = config.optimizer == "adam" and config.use_precision_aware_optimizer and config.store_param_remainders
+    if adam:
+        read_memory_at_full_speed(factors)
+    if config.clip_grad > 0 and "muon" not in config.optimizer:  # Muon clips by a norm that it imports itself
+        scale_gradients_once(factors if adam else None)
 
 
 RATES = ("max_lr", "min_lr")

@@ -45,8 +45,8 @@ def patch(expects: Names | Callable[[], Names], *, seen: str, until: str) -> Cal
     """Register a function that replaces upstream names, or calls private ones; check them when it is first called.
 
     expects: for every name its parameters without defaults, "(self, hidden_states, *args)"; for what is not a
-    function "class", "package", "property" or the name of its type; "missing" for what the patch adds. Alternatives
-    are divided by " | ". A function that returns such a dict is called at the first check.
+    function "class", "package", "property", "compiled" or the name of its type; "missing" for what the patch adds.
+    Alternatives are divided by " | ". A function that returns such a dict is called at the first check.
     seen: the versions that the patch was written for. until: when it can go.
     """
 
@@ -83,7 +83,10 @@ def describe(value: Any) -> str:
     if not callable(value):
         return type(value).__name__
     empty = inspect.Parameter.empty
-    parameters = inspect.signature(value).parameters.values()
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except ValueError:  # of an extension module
+        return "compiled"
     return str(inspect.Signature([each.replace(annotation=empty, default=empty) for each in parameters]))
 
 
