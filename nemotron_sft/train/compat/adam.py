@@ -8,7 +8,7 @@ from typing import Any
 from nemotron_sft.train.compat.registry import patch
 
 LARGE = 1 << 16  # numbers from which a tensor is worth a launch of its own; smaller ones are left to one of theirs
-BLOCK = 2048  # numbers of a program
+BLOCK, WARPS = 2048, 4  # numbers of a program, and warps that it runs on
 
 
 @patch(
@@ -78,7 +78,7 @@ def launch(several: list[tuple], factor: Any, settings: tuple, decoupled: bool) 
     """Update tensors of one size in one launch.
 
     several: (gradient, weight in bf16, first moment, second moment, remainder) of each; factor: (1,) float32 of all
-    gradients, or None; settings: lr, beta1, 1 - beta1, beta2, 1 - beta2, corrections of both moments, eps, weight decay.
+    gradients, or None; settings: lr, beta1, 1 - beta1, beta2, 1 - beta2, both moments' corrections, eps, weight decay.
     """
     gradient, _, moment, _, _ = several[0]
     addresses = tuple(tensor.data_ptr() for tensors in several for tensor in tensors)
@@ -89,7 +89,7 @@ def launch(several: list[tuple], factor: Any, settings: tuple, decoupled: bool) 
         table, table if factor is None else factor, *settings, numbers, blocks,
         GRADIENT=_in_triton(gradient.dtype), MOMENT=_in_triton(moment.dtype),
         SCALED=factor is not None, DECOUPLED=decoupled, ALIGNED=not any(address % 16 for address in addresses),
-        BLOCK=BLOCK, num_warps=4,
+        BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 
