@@ -78,7 +78,8 @@ def by_transformers(directory, tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "adapter"), [("llama", False), ("qwen3", False), ("nemotron_h", False), ("llama", True)]
+    ("family", "adapter"),  # vLLM 0.32's CPU build fails in its LoRA kernels
+    [("llama", False), ("qwen3", False), ("nemotron_h", False), ("llama", True)],
 )
 def test_vllm_answers_as_transformers_does(vllm, family, adapter, tiny_data, tmp_path):
     """The merged weights; or vLLM puts the adapter, as peft has it, on the base."""
