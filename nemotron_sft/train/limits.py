@@ -130,6 +130,9 @@ def check_with_bridge(container: Any, replicas: int, on_cpu: bool, planned: bool
     Bridge asks itself later, when the model is about to be built. on_cpu: what is turned off there is not looked at.
     planned: the run is for other machines than this one.
     """
+    model = container.model
+    if on_cpu and not planned and model.mtp_num_layers and not getattr(model, "is_hybrid_model", False):
+        raise UserError("model.mtp_num_layers: heads of a GPT need a GPU; set it to null, or take a hybrid model")
     container = copy.deepcopy(container)
     if on_cpu:
         adapt(container)

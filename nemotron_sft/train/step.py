@@ -114,7 +114,7 @@ class ForwardStep:
         heads = 1 + (config.mtp_num_layers or 0)
         head = 6 * config.hidden_size * language_model.vocab_size / config.tensor_model_parallel_size
         self._flops_per_token = heads * head
-        if type(language_model) is GPTModel:
+        if type(language_model) is GPTModel and language_model.decoder.layers:  # a stage may have the head alone
             self._shorten_last_mlp(language_model.decoder.layers[-1])
         return True
 

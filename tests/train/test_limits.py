@@ -83,6 +83,13 @@ def test_settings_that_cannot_work_together(told, tiny_data, overrides, message)
     assert re.search(message, told(*(each.replace("{data}", str(tiny_data)) for each in overrides)))
 
 
+def test_prediction_heads_of_a_gpt_need_a_gpu(bridge, tiny_data, tmp_path):
+    given = [f"data={tiny_data}", f"output_dir={tmp_path}", "model.mtp_num_layers=1"]
+    with pytest.raises(UserError, match="mtp_num_layers: heads of a GPT need a GPU"):
+        settled(composed("train", *given, *SMALL))
+    settled(composed("train", *given, *SMALL_HYBRID))
+
+
 def test_rules_are_about_keys_that_there_are():
     typed = check(composed("train"), TrainConfig)
     for name in {name for _, names in limits.RULES.values() for name in names} | limits.INSTEAD.keys():
