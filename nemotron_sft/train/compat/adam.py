@@ -37,7 +37,13 @@ def read_memory_at_full_speed(factors: Factors) -> None:
                 small.append(tensors)
                 continue
             factor = factors.take(tensors[0])
-            kind = (tensors[0].numel(), tensors[0].dtype, tensors[2].dtype, None if factor is None else id(factor))
+            kind = (
+                tensors[0].numel(),
+                tensors[0].dtype,
+                tensors[2].dtype,
+                tensors[3].dtype,
+                None if factor is None else id(factor),
+            )
             together.setdefault(kind, [factor]).append(tensors)
         if small:
             theirs(chunk, overflow, list(map(list, zip(*small, strict=True))), lr, beta1, beta2, eps, step, mode,
@@ -80,14 +86,14 @@ def launch(several: list[tuple], factor: Any, settings: tuple, decoupled: bool) 
     several: (gradient, weight in bf16, first moment, second moment, remainder) of each; factor: (1,) float32 of all
     gradients, or None; settings: lr, beta1, 1 - beta1, beta2, 1 - beta2, both moments' corrections, eps, weight decay.
     """
-    gradient, _, moment, _, _ = several[0]
+    gradient, _, first, second, _ = several[0]
     addresses = tuple(tensor.data_ptr() for tensors in several for tensor in tensors)
     table = _table(addresses, gradient.device)
     numbers = gradient.numel()
     blocks = (numbers + BLOCK - 1) // BLOCK
     kernel()[(blocks * len(several),)](
         table, table if factor is None else factor, *settings, numbers, blocks,
-        GRADIENT=_in_triton(gradient.dtype), MOMENT=_in_triton(moment.dtype),
+        GRADIENT=_in_triton(gradient.dtype), FIRST=_in_triton(first.dtype), SECOND=_in_triton(second.dtype),
         SCALED=factor is not None, DECOUPLED=decoupled, ALIGNED=not any(address % 16 for address in addresses),
         BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -123,7 +129,8 @@ def kernel() -> Any:
     @triton.jit
     def update(
         table, factor, lr, beta1, rest1, beta2, rest2, correction1, correction2, eps, decay, numbers, blocks,
-        GRADIENT: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr, DECOUPLED: tl.constexpr,
+        GRADIENT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+        SCALED: tl.constexpr, DECOUPLED: tl.constexpr,
         ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = table + (tl.program_id(0) // blocks) * 5
@@ -131,8 +138,8 @@ def kernel() -> Any:
         inside = at < numbers
         gradients = tl.load(row).to(tl.pointer_type(GRADIENT))
         weights = tl.load(row + 1).to(tl.pointer_type(tl.int16))
-        firsts = tl.load(row + 2).to(tl.pointer_type(MOMENT))
-        seconds = tl.load(row + 3).to(tl.pointer_type(MOMENT))
+        firsts = tl.load(row + 2).to(tl.pointer_type(FIRST))
+        seconds = tl.load(row + 3).to(tl.pointer_type(SECOND))
         remainders = tl.load(row + 4).to(tl.pointer_type(tl.int16))
         if ALIGNED:  # then several numbers are read at a time
             gradients, weights = tl.multiple_of(gradients, 16), tl.multiple_of(weights, 16)
@@ -156,7 +163,7 @@ def kernel() -> Any:
         upper = (bits >> 16) + (lower < 0).to(tl.int32)
         tl.store(weights + at, upper.to(tl.int16), mask=inside)
         tl.store(remainders + at, lower, mask=inside)
-        tl.store(firsts + at, first.to(MOMENT), mask=inside)
-        tl.store(seconds + at, second.to(MOMENT), mask=inside)
+        tl.store(firsts + at, first.to(FIRST), mask=inside)
+        tl.store(seconds + at, second.to(SECOND), mask=inside)
 
     return update
