@@ -77,7 +77,7 @@ class Factors:
 
 
 def _is_large(gradient: Any) -> bool:
-    return gradient.numel() >= LARGE and gradient.is_contiguous()
+    return LARGE <= gradient.numel() < 1 << 31 and gradient.is_contiguous()  # the kernel counts in 32 bits
 
 
 def launch(several: list[tuple], factor: Any, settings: tuple, decoupled: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nemotron_sft.train.compat.adam import Factors, read_memory_at_full_speed
@@ -70,11 +71,22 @@ def scale_gradients_once(factors: Factors | None = None) -> None:
 def shorten_the_optimizers_step(config: Any) -> None:
     """Fewer passes over weights and gradients on a GPU. config: core's OptimizerConfig, with all settings made."""
     factors = Factors()
-    adam = config.optimizer == "adam" and config.use_precision_aware_optimizer and config.store_param_remainders
-    if adam:
+    if adam := adam_keeps_remainders(config):
         read_memory_at_full_speed(factors)
     if config.clip_grad > 0 and "muon" not in config.optimizer:  # Muon clips by a norm that it imports itself
-        scale_gradients_once(factors if adam else None)
+        # A step that core may skip must not leave factors behind.
+        scale_gradients_once(factors if adam and math.isinf(config.grad_norm_skip_threshold) else None)
+
+
+def adam_keeps_remainders(config: Any) -> bool:
+    """Whether all bf16 weights go through the kernel that `adam` stands in for. config: core's OptimizerConfig."""
+    return (
+        config.optimizer == "adam"
+        and config.use_precision_aware_optimizer
+        and config.store_param_remainders
+        and str(config.main_params_dtype) == "torch.float32"
+        and not config.optimizer_cpu_offload
+    )
 
 
 RATES = ("max_lr", "min_lr")
