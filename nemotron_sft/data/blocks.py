@@ -51,7 +51,7 @@ def read_blocks(message: dict) -> list[dict]:
     blocks = message["content"]
     if message.get("role") != "tool" or any(isinstance(block, dict) and block.keys() & _KEYS for block in blocks):
         blocks = [_typed(block) for block in blocks]  # otherwise a tool's result is any list
-    kinds = {block.get("type") for block in blocks if isinstance(block, dict)}
+    kinds = {str(block.get("type")) for block in blocks if isinstance(block, dict)}
     if _BLOCKS.isdisjoint(kinds):
         return [message if blocks == message["content"] else {**message, "content": blocks}]
     if message.get("role") == "assistant":
@@ -80,7 +80,10 @@ def _typed(block: Any) -> Any:
 
 def _calling(message: dict, blocks: list) -> dict:
     """An answer with its calls as tool_calls."""
-    calls, said = list(message.get("tool_calls") or []), []
+    given, said = message.get("tool_calls") or [], []
+    if not isinstance(given, list):
+        raise ChatError("bad tool calls", "calls are in the content, and tool_calls beside it is no list")
+    calls = list(given)
     for block in blocks:
         if isinstance(block, dict) and block.get("type") in _CALLS:
             calls.append(_call(block))

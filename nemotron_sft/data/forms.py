@@ -111,10 +111,11 @@ class Form:
 
     def aligned(self, turns: Any, record: dict, messages: list) -> Any:
         """A record's train_turns, one for each of `messages`, also where a system message comes from another field."""
-        if not isinstance(turns, list) or len(turns) != len(messages) - 1 or messages[0].get("role") != "system":
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if not isinstance(turns, list) or len(turns) != len(messages) - 1 or first.get("role") != "system":
             return turns
         system = _value(record, dict(self.parts), "system")
-        return [False, *turns] if system and messages[0].get("content") is system else turns
+        return [False, *turns] if system and first.get("content") is system else turns
 
 
 # --- which form --------------------------------------------------------------------------------------------
