@@ -217,8 +217,9 @@ def newest_iteration(checkpoints: Path) -> Path | None:
     are sorted, validation last; a process killed in between leaves a name without a checkpoint. So the directories
     themselves are looked at. One of Megatron-LM, which has neither file, is whole if it is named.
     """
-    if saved := whole_iterations(checkpoints):
-        return saved[-1]
+    for path in sorted(checkpoints.glob("iter_*"), reverse=True):
+        if _is_whole(path):
+            return path
     try:
         name = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
         named = checkpoints / (name if name == "release" else f"iter_{int(name):07d}")
@@ -229,8 +230,13 @@ def newest_iteration(checkpoints: Path) -> Path | None:
 
 def whole_iterations(checkpoints: Path) -> list[Path]:
     """All whole checkpoints of Megatron-Bridge in a directory of them, the oldest first."""
-    configs = ((path, path / "run_config.yaml") for path in sorted(checkpoints.glob("iter_*")))
-    return [path for path, config in configs if config.exists() and "\nvalidation:\n" in config.read_text()]
+    return [path for path in sorted(checkpoints.glob("iter_*")) if _is_whole(path)]
+
+
+def _is_whole(iteration: Path) -> bool:
+    """Whether Bridge finished a checkpoint directory: the file that it writes last is there to its end."""
+    config = iteration / "run_config.yaml"
+    return config.exists() and "\nvalidation:\n" in config.read_text()
 
 
 def step_of(iteration: Path) -> int:

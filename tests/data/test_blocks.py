@@ -7,6 +7,7 @@ import pytest
 from test_forms import read
 
 from nemotron_sft.data.blend import Dataset
+from nemotron_sft.data.blocks import read_blocks
 from nemotron_sft.data.chat import ChatError, load_template
 from nemotron_sft.data.forms import detect
 
@@ -139,3 +140,16 @@ def test_other_texts_that_look_like_json_stay(content):
     assert read({"messages": result})[1][2] == result[2]
     rows = [*OPENAI[:2], {"role": "tool", "content": [{"text": "a"}]}, OPENAI[3]]
     assert read({"messages": rows})[1][2] == rows[2]
+
+
+@pytest.mark.parametrize("kind", [["text"], {"a": 1}, None, 3])
+@pytest.mark.parametrize("role", ["user", "assistant", "tool", None, ["user"]])
+def test_a_type_that_is_no_text(kind, role):
+    call = {"type": "tool_use", "name": "f", "input": {}}
+    assert read_blocks({"role": role, "content": [{"type": kind, "text": "Hi"}, call]})
+
+
+@pytest.mark.parametrize("calls", [5, "x", {"name": "f"}])
+def test_calls_beside_blocks_that_are_no_list(calls):
+    with pytest.raises(ChatError):
+        read_blocks({"role": "assistant", "content": [{"type": "tool_use", "name": "f"}], "tool_calls": calls})

@@ -7,7 +7,7 @@ import pytest
 
 from nemotron_sft.data.blend import Dataset
 from nemotron_sft.data.chat import ChatError
-from nemotron_sft.data.forms import detect
+from nemotron_sft.data.forms import Form, detect
 from nemotron_sft.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -363,3 +363,9 @@ def test_what_is_not_recognised_is_refused_with_its_fields(record, entry, words)
     with pytest.raises(UserError) as caught:
         read(record, **entry)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_train_turns_of_messages_that_are_none():
+    form = Form("openai", (("messages", "messages"),))
+    for messages in ([[{"role": "user"}], "x"], [None, None]):
+        assert form.aligned([True], {}, messages) == [True]

@@ -37,13 +37,8 @@ def read_memory_at_full_speed(factors: Factors) -> None:
                 small.append(tensors)
                 continue
             factor = factors.take(tensors[0])
-            kind = (
-                tensors[0].numel(),
-                tensors[0].dtype,
-                tensors[2].dtype,
-                tensors[3].dtype,
-                None if factor is None else id(factor),
-            )
+            gradient, _, first, second, _ = tensors
+            kind = (gradient.numel(), gradient.dtype, first.dtype, second.dtype, id(factor))
             together.setdefault(kind, [factor]).append(tensors)
         if small:
             theirs(chunk, overflow, list(map(list, zip(*small, strict=True))), lr, beta1, beta2, eps, step, mode,
