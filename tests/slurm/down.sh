@@ -1,5 +1,5 @@
 #!/bin/bash
-# Stop what tests/slurm/up.sh started, by process id: jobs first, then the daemons, munged only if it was ours.
+# Stop what tests/slurm/up.sh started, by process id: jobs first, then the daemons.
 root=${SLURM_TEST_ROOT:-/tmp/slurm-test}
 stop() {
   local file=$1 pid

@@ -122,6 +122,21 @@ def queue():
     return subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout
 
 
+def test_another_slurm_on_this_machine_has_jobs_of_its_own(slurm, tmp_path):
+    """As where two clones run these tests at one time; and the end of one is not the end of both."""
+    other = os.environ | {"SLURM_TEST_ROOT": str(tmp_path), "SLURM_CONF": f"{tmp_path}/etc/slurm.conf", "NODES": "1"}
+    held = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"]
+    job = subprocess.run(held, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        assert subprocess.run([HERE / "up.sh"], env=other, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+        seen = subprocess.run(["squeue", "-h"], env=other, capture_output=True, text=True, check=True)
+        assert not seen.stdout and job in queue()
+    finally:
+        subprocess.run([HERE / "down.sh"], env=other, timeout=120)
+    subprocess.run(["scancel", job], check=True)
+    assert until(lambda: ended(job)) == ["CANCELLED"]
+
+
 # --- submitting --------------------------------------------------------------------------------------------
 
 
