@@ -68,7 +68,8 @@ def merge(cfg: Prep, todo: Plan, started: float | None = None, threads: int = 1)
             chosen = np.flatnonzero(which == number).astype(np.int32)
             splits[name] = _write_split(cfg, todo, name, sequences, chosen, spools, threads)
         lengths = np.sum([spool.stats["lengths"] for spool in spools], axis=0).tolist()
-    metadata = _metadata(cfg, todo, mix, splits, lengths, time.monotonic() - started)
+        backends = {spool.stats["backend"] for spool in spools}
+    metadata = _metadata(cfg, todo, mix, splits, lengths, backends, time.monotonic() - started)
     report.write_report(directory, metadata, todo.tokenizer)
     packed.write_metadata(directory, metadata)
     if not cfg.keep_spool:
@@ -94,7 +95,9 @@ def _settle(cfg: Prep, todo: Plan, spools: list[Spool]) -> list[dict]:
     return mix
 
 
-def _metadata(cfg: Prep, todo: Plan, mix: list[dict], splits: dict, lengths: list[int], seconds: float) -> dict:
+def _metadata(
+    cfg: Prep, todo: Plan, mix: list[dict], splits: dict, lengths: list[int], backends: set[str], seconds: float
+) -> dict:
     """What metadata.json holds; docs/format.md explains it."""
     tokenizer = todo.tokenizer
     return {
@@ -103,7 +106,7 @@ def _metadata(cfg: Prep, todo: Plan, mix: list[dict], splits: dict, lengths: lis
         "pack_size": cfg.pack_size,
         "format_on_disk": cfg.format,
         "tokenizer": {"model": tokenizer.name, "revision": tokenizer.revision, "digest": tokenizer.digest,
-                      "backend": tokenizer.backend, "vocab_size": tokenizer.vocab_size,
+                      "backend": " and ".join(sorted(backends)), "vocab_size": tokenizer.vocab_size,
                       "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id},
         "template": {**template_options(cfg, tokenizer), "digest": todo.template.digest},
         "blend": {"name": todo.name, "mix": "proportions" if todo.proportions else "passes", "datasets": mix},
@@ -328,9 +331,9 @@ def _assemble(
     records = packed.empty_packs(packs, dtype)
     records["source"][row, slot] = np.array([unit.dataset for unit in todo.units])[sequences.spool[chosen]]
     records["weight"][row, slot] = sequences.weight[chosen]
-    trained = signed < 0
-    records["loss_mask"] = trained
-    records["input_ids"] = np.where(trained, ~signed, signed)
+    sign = signed >> 31  # -1 where the token is trained, so that its id is inverted
+    np.negative(sign, out=records["loss_mask"], casting="unsafe")
+    np.bitwise_xor(signed, sign, out=records["input_ids"])
     boundaries = np.zeros((packs, dtype["cu_seqlens"].shape[0]), np.int32)
     boundaries[row, slot + 1] = end
     records["cu_seqlens"] = np.maximum.accumulate(boundaries, axis=1)

@@ -223,9 +223,10 @@ def sequences_of(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     used = np.diff(cu) > 0
     starts = (cu[:, :-1] + np.arange(len(cu))[:, None] * records["loss_mask"].shape[1])[used]
     lengths = np.diff(cu)[used]
-    before = np.zeros(records["loss_mask"].size + 1, np.int64)
-    np.cumsum(records["loss_mask"].reshape(-1), out=before[1:])
-    trained = before[starts + lengths] - before[starts]
+    mask = records["loss_mask"].reshape(-1)
+    bounds = np.stack([starts, starts + lengths], axis=1).reshape(-1)  # of sequences, and of what is between them
+    # In int32, which is twice as fast as int64, as no sequence has so many tokens.
+    trained = np.add.reduceat(mask, bounds[bounds < mask.size], dtype=np.int32)[::2].astype(np.int64)
     if "source" not in (records.dtype.names or ()):
         return np.zeros(len(starts), np.uint16), np.ones(len(starts), np.float32), lengths, trained
     return records["source"][used], records["weight"][used], lengths, trained

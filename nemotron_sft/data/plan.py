@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -100,18 +99,19 @@ def tokenizer_path(cfg: Prep) -> str:
     return str(ROOT / model) if (ROOT / model).exists() and not Path(model).exists() else model
 
 
-def plan(cfg: Prep, inputs: Inputs | None = None, pool: Executor | None = None) -> Plan:
-    """Cut the inputs into units. `pool`: see load_tokenizer. Raises UserError."""
+def plan(cfg: Prep, inputs: Inputs | None = None) -> Plan:
+    """Cut the inputs into units. The tokenizer is one that opens fast: there may be nothing to encode. Raises
+    UserError."""
     inputs = inputs or find_inputs(cfg)
     name, datasets, found = inputs.name, inputs.datasets, inputs.files
-    tokenizer = load_tokenizer(tokenizer_path(cfg), pool=pool)
+    tokenizer = load_tokenizer(tokenizer_path(cfg), backend="tokenizers")
     template = load_template(**template_options(cfg, tokenizer))
     _belong_together(template, tokenizer)
     unit_bytes = max(UNIT_BYTES, inputs.bytes // MAX_UNITS)
     evaluation = load_evaluation(cfg.decontaminate)
     proportions = inputs.mix == "proportions"
     # Not among these: pack_size, over_long, and proportions. Merging sees to them, so changing one needs no tokenizing.
-    shaping = [5, tokenizer.digest, template.digest, cfg.sample, cfg.seed, cfg.max_drop_ratio > 0,
+    shaping = [6, tokenizer.digest, template.digest, cfg.sample, cfg.seed, cfg.max_drop_ratio > 0,
                evaluation.stamps if evaluation else []]  # fmt: skip
     forms = [_form(cfg, dataset, files) for dataset, files in zip(datasets, found, strict=True)]
     units = []

@@ -67,7 +67,7 @@ def run(cfg: Prep) -> dict:
             and (cfg.force or not (directory / "metadata.json").exists())
         ):
             pool = stack.enter_context(start_workers(workers, cfg))  # they get ready while the plan is made
-        todo = plans.plan(cfg, inputs, pool)
+        todo = plans.plan(cfg, inputs)
         stack.enter_context(disk_errors(directory))
         stack.enter_context(locked(directory))
         if cfg.force:
@@ -76,7 +76,7 @@ def run(cfg: Prep) -> dict:
         elif found := finished(todo):
             return {**found, "directory": str(directory), "unchanged": True}
         describe_inputs(todo)
-        if workers > 1 and len(todo.units) > 1 and not pool:
+        if workers > 1 and not pool and len(waiting(todo, todo.units)) > 1:
             pool = stack.enter_context(start_workers(workers, cfg))
         run_units(todo, pool)
         metadata = merge(cfg, todo, started, threads=min(4, workers))
@@ -101,7 +101,7 @@ def run_shard(cfg: Prep) -> str:
                 todo.spool(unit).unlink(missing_ok=True)
         elif finished(todo):
             return f"nothing changed: {todo.directory} is up to date"
-        workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(mine))
+        workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(waiting(todo, mine)))
         run_units(todo, stack.enter_context(start_workers(workers, cfg)) if workers > 1 else None, mine)
     return f"shard {cfg.shard} of {cfg.shards}: {len(mine)} of {len(todo.units)} units in {todo.directory / 'spool'}"
 
@@ -166,6 +166,11 @@ def finished(todo: Plan) -> dict | None:
     return metadata
 
 
+def waiting(todo: Plan, units: Sequence[Unit]) -> list[Unit]:
+    """Those of the units that have no spool file yet."""
+    return [unit for unit in units if not todo.spool(unit).exists()]
+
+
 def run_units(todo: Plan, pool: Executor | None = None, mine: Sequence[Unit] | None = None) -> None:
     """Run the units that have no spool file yet, in the processes of `pool` or else here.
 
@@ -179,27 +184,27 @@ def run_units(todo: Plan, pool: Executor | None = None, mine: Sequence[Unit] | N
             if path.name not in wanted:
                 path.unlink()
     chosen = todo.units if mine is None else mine
-    waiting = [unit for unit in chosen if not todo.spool(unit).exists()]
-    if not waiting:
+    missing = waiting(todo, chosen)
+    if not missing:
         return
     todo = trusted(todo, pool)
     total = sum(unit.bytes for unit in chosen)
     tokens, started = 0, time.monotonic()
     with progress("tokenizing", total) as advance:
-        advance(total - sum(unit.bytes for unit in waiting))
-        for unit, stats in _each(todo, waiting, pool):
+        advance(total - sum(unit.bytes for unit in missing))
+        for unit, stats in _each(todo, missing, pool):
             tokens += stats["tokens"]
             advance(unit.bytes, f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
 
-def _each(todo: Plan, waiting: list[Unit], pool: Executor | None) -> Iterator[tuple[Unit, dict]]:
+def _each(todo: Plan, units: list[Unit], pool: Executor | None) -> Iterator[tuple[Unit, dict]]:
     """(unit, statistics) of every unit, as they are done."""
     if not pool:
-        for unit in waiting:
+        for unit in units:
             yield unit, run_unit(todo, unit)
         return
     settings = replace(todo, units=(), files=())  # the lists would be sent along with every unit
-    futures = {pool.submit(run_unit, settings, unit): unit for unit in waiting}
+    futures = {pool.submit(run_unit, settings, unit): unit for unit in units}
     pack(np.ones(1, np.int32), 1)  # loads compiled code, half a second that would otherwise follow the units
     for future in as_completed(futures):
         yield futures.pop(future), future.result()

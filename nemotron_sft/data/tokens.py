@@ -19,7 +19,7 @@ import random
 import re
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,7 @@ class Tokenizer:
 
     def missing(self, tokens: list[str]) -> list[str]:
         """Those of the tokens that are not one token of this tokenizer, as special tokens have to be."""
-        vocabulary = self._reference.get_vocab(with_added_tokens=True)
-        return [token for token in tokens if token not in vocabulary]
+        return [token for token in tokens if self._reference.token_to_id(token) is None]
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -132,13 +131,12 @@ def load_tokenizer(
     revision: str | None = None,
     backend: str = "auto",
     threads: int = 1,
-    pool: Executor | None = None,
 ) -> Tokenizer:
     """The tokenizer of a directory, a tokenizer.json, or a Hugging Face hub id (no other file is fetched).
 
-    `backend="fastokens"` insists on it, "auto" falls back. `threads` bounds the threads of both encoders in
-    this process; it has no effect once one of them has run. `pool`: processes that have fastokens open, or will
-    soon, so that this one need not open it to compare the two. Raises UserError.
+    `backend="fastokens"` insists on it, "auto" falls back; "tokenizers" opens in a third of the time, and `fastest`
+    makes the other of it when there is something to encode. `threads` bounds the threads of both encoders in this
+    process; it has no effect once one of them has run. Raises UserError.
     """
     if backend not in BACKENDS:
         raise UserError(f"tokenizer.backend={backend}: choose from {', '.join(BACKENDS)}")
@@ -164,17 +162,12 @@ def load_tokenizer(
     if _decode(reference, ["x", "y"]) != "xy":
         if not (found := without_prefix(content)):
             raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
-        backend, space = "tokenizers", found[1]
-    if backend != "tokenizers":
-        difference = _difference(file, reference, pool)
-        if difference and backend == "fastokens":
-            raise UserError(f"{file}: fastokens cannot encode it: {difference}; use tokenizer.backend=auto")
-        backend = "tokenizers" if difference else "fastokens"
-    return Tokenizer(
+        space = found[1]
+    tokenizer = Tokenizer(
         name=str(model),
         file=file,
         revision=commit,
-        backend=backend,
+        backend="tokenizers",
         threads=threads,
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=eos,
@@ -183,6 +176,21 @@ def load_tokenizer(
         digest=_digest(content, eos, pad),
         space=space,
     )
+    return tokenizer if backend == "tokenizers" else fastest(tokenizer, insist=backend == "fastokens")
+
+
+def fastest(tokenizer: Tokenizer, pool: Executor | None = None, insist: bool = False) -> Tokenizer:
+    """The tokenizer with fastokens for its backend, if that is found equal.
+
+    `pool`: processes that have fastokens open, or will soon, so that this one need not open it to compare the two.
+    Raises UserError if it differs and `insist` is set.
+    """
+    if tokenizer.space:
+        return tokenizer
+    difference = _difference(tokenizer.file, tokenizer._reference, pool)
+    if difference and insist:
+        raise UserError(f"{tokenizer.file}: fastokens cannot encode it: {difference}; use tokenizer.backend=auto")
+    return tokenizer if difference else replace(tokenizer, backend="fastokens")
 
 
 def tokenize(tokenizer: Tokenizer, sequences: list[list[tuple[str, str]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

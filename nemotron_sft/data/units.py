@@ -25,7 +25,7 @@ from nemotron_sft.data.chat import RECORD_KEYS, ChatError, per_record, record_we
 from nemotron_sft.data.identity import conversation_digest
 from nemotron_sft.data.plan import Plan, Unit
 from nemotron_sft.data.spool import INDEX, Spool, SpoolWriter
-from nemotron_sft.data.tokens import tokenize
+from nemotron_sft.data.tokens import fastest, tokenize
 from nemotron_sft.errors import UserError
 
 LENGTH_EDGES = [0, *(2**k for k in range(4, 21))]  # of the length histogram, in tokens
@@ -73,7 +73,7 @@ class _Work:
         self.flags: Counter[str] = Counter()
         self.stats: dict[str, Any] = {
             **dict.fromkeys((*SUMS, "tokens"), 0), "dropped": {}, "flags": self.flags,
-            "lengths": [0] * (len(LENGTH_EDGES) - 1),
+            "lengths": [0] * (len(LENGTH_EDGES) - 1), "backend": todo.tokenizer.backend,
         }  # fmt: skip
 
     def batches(self) -> Iterator[_Batch]:
@@ -216,14 +216,12 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def trusted(todo: Plan, pool: Executor | None = None, characters: int = 100_000) -> Plan:
-    """The plan, with the reference encoder if the fast one errs on the run's own spans.
-
-    load_tokenizer has compared the two on texts made for it; this adds the first spans of every dataset.
-    `pool`: see there.
-    """
+    """The plan, with the fast encoder unless that errs on texts made to find it out, or on the run's own spans: the
+    first of every dataset. `pool`: see `fastest`."""
+    reference = todo.tokenizer
+    todo = replace(todo, tokenizer=fastest(reference, pool))
     if todo.tokenizer.backend == "tokenizers":
         return todo
-    reference = replace(todo.tokenizer, backend="tokenizers")
     for number in range(len(todo.datasets)):
         unit = next((unit for unit in todo.units if unit.dataset == number), None)
         few = replace(todo, sample=min(todo.sample or 200, 200), drops_allowed=True)

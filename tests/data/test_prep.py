@@ -447,11 +447,13 @@ def wait_for(condition, seconds=300):
         time.sleep(0.005)
 
 
-def test_a_worker_killed_while_the_plan_is_made(configured, tmp_path):
+def test_a_worker_killed_before_the_first_unit(configured, tmp_path):
     cfg = configured(jsonl(tmp_path / "a.jsonl", records(10)))
+    todo = plans.plan(cfg)
     with pytest.raises(UserError, match="a worker process was killed"), prep.start_workers(1, cfg) as pool:
         os.kill(pool.submit(os.getpid).result(), signal.SIGKILL)
-        plans.plan(cfg, pool=pool)
+        todo.directory.mkdir()
+        prep.run_units(todo, pool)
 
 
 @pytest.mark.parametrize("victim", ["parent", "worker"])

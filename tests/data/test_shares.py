@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_prep import chat, configured, expected, hashes, jsonl, records, unpacked  # noqa: F401 -- a fixture
 
-from nemotron_sft.data import packed, prep
+from nemotron_sft.data import packed, prep, tokens
 from nemotron_sft.data import plan as plans
 from nemotron_sft.errors import UserError
 
@@ -37,6 +37,25 @@ def test_another_pack_size_needs_no_tokenizing(configured, tmp_path, monkeypatch
                 Counter({key: n for key, n in expected(rows, 10**6).items() if len(key[0]) <= pack_size})
             )  # fmt: skip
             assert mix["sequences"] + sum(drop["count"] for drop in mix["dropped"].values()) == len(rows)
+
+
+def test_repacking_opens_no_encoder_and_starts_no_worker(configured, tmp_path, monkeypatch):  # noqa: F811
+    """They take seconds. Which encoder made the tokens is known from the spool."""
+    monkeypatch.setattr(plans, "UNIT_BYTES", 5000)
+    path = jsonl(tmp_path / "a.jsonl", records(200))
+    first = prep.run(configured(path, "workers=1"))
+
+    def refuse(*about):
+        raise RuntimeError("not needed")
+
+    for module, name in ((tokens, "_open_fastokens"), (tokens, "_difference"), (prep, "start_workers")):
+        monkeypatch.setattr(module, name, refuse)
+    again = prep.run(configured(path, "workers=2", "pack_size=128"))
+    assert not again["unchanged"] and again["splits"]["training"]["packs"] > first["splits"]["training"]["packs"]
+    assert again["tokenizer"] == first["tokenizer"] and again["tokenizer"]["backend"] == "fastokens"
+    next((tmp_path / "out/spool").iterdir()).unlink()
+    with pytest.raises(RuntimeError, match="not needed"):
+        prep.run(configured(path, "workers=1", "pack_size=64"))
 
 
 def test_the_spool_is_kept_only_if_wanted(configured, tmp_path):  # noqa: F811

@@ -268,7 +268,7 @@ def test_a_thousand_units_with_failing_tasks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prep, "run_unit", fragile)
     plan = plans.plan(prepared(tmp_path / "array"))
-    monkeypatch.setattr(plans, "plan", lambda cfg, inputs=None, pool=None: plan)  # the same in every task; made and
+    monkeypatch.setattr(plans, "plan", lambda cfg, inputs=None: plan)  # the same in every task; made and
     monkeypatch.setattr(prep, "trusted", lambda todo, pool: todo)  # checked once to save time
     assert len(plan.units) >= 1000
     waiting = list(range(64))
