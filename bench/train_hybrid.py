@@ -4,8 +4,9 @@
     python bench/train_hybrid.py --out output/bench-hybrid --only ours bridge
 
 A slice of the model, with its real widths and vocabulary (MEM*ME, 3.44 billion parameters, random weights), trains all
-parameters in bf16 on packs of 4096 tokens, 32,768 tokens per step, with the documents of bench/train_gpu.py. Cases, and
-how they are timed and counted, are as there; MFU counts the FLOPs of nemotron/__init__.py.
+parameters in bf16 on packs of 4096 tokens, 32,768 tokens per step (or --step-packs of them), with the documents of
+bench/train_gpu.py. Cases, and how they are timed and counted, are as there; MFU counts the FLOPs of
+nemotron/__init__.py.
 
   ours[-R][-gpu]        recipes/train.py's path, rows of R tokens (without R: as the product chooses them)
   ours-lora[-R]         adapters on the whole model, all 52 layers, activations computed again
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from common import cases, table
 from common.packs import make_data
-from nemotron import HIDDEN, PACK, STEP_PACKS, VOCABULARY, flops_per_step
+from nemotron import HIDDEN, PACK, VOCABULARY, flops_per_token
 
 WHOLE = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
@@ -53,6 +54,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="*", help="cases to run")
     parser.add_argument("--rows", type=int, nargs="*", default=(8192, 16384, 32768), help="transformers' rows")
+    parser.add_argument("--step-packs", type=int, default=8, metavar="N", help="packs of an optimizer step (8)")
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profiled", type=int, default=0, help="steps to profile after the timed ones")
@@ -79,7 +81,8 @@ def main() -> None:
     plan = [(name, given) for name, given in full_plan() if not args.only or name in args.only]
     plan += [(name, []) for name in args.only or () if name not in dict(full_plan())]
     for name, given in plan:  # one after the other: their imports would share the GPU's memory
-        extra = ["--profiled", str(args.profiled)] if args.profiled else []
+        extra = ["--step-packs", str(args.step_packs), "--rows", *map(str, args.rows)]
+        extra += ["--profiled", str(args.profiled)] if args.profiled else []
         extra += ["--set", *args.set] if args.set else []
         process = cases.start(__file__, name, args.out, ["--data", str(args.data), *given, *extra])
         cases.take_turn(name, process, args.out)
@@ -89,14 +92,14 @@ def main() -> None:
 def report(args: argparse.Namespace, facts: dict) -> None:
     """The table, the profiles, and results.json."""
     results = dict(cases.results(args.out))
-    context = facts["effective_context"]
+    context, tokens = facts["effective_context"], PACK * args.step_packs
 
     def flops(part: dict) -> float:
-        whole = flops_per_step(context, WHOLE, frozen=True) if part.get("lora") else flops_per_step(context)
-        untrained = 6 * HIDDEN * VOCABULARY * PACK * STEP_PACKS / 3  # the others, too, leave their logits out
-        return whole - part.get("skipped_flops", untrained)
+        whole = flops_per_token(context, WHOLE, frozen=True) if part.get("lora") else flops_per_token(context)
+        untrained = 6 * HIDDEN * VOCABULARY / 3  # the others, too, leave their logits out
+        return tokens * (whole - part.get("skipped_flops", untrained))
 
-    rows = table.rows_of(results.items(), PACK * STEP_PACKS, flops)
+    rows = table.rows_of(results.items(), tokens, flops)
     profiles = {name: part["profile"] for name, part in results.items() if "profile" in part}
     table.print_rows(rows)
     table.print_profiles(profiles, args.kernels)

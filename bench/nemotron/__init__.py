@@ -1,6 +1,6 @@
 """A slice of Nemotron 3 Nano (bench/train_hybrid.py): real widths and vocabulary, 6 layers; and who trains it."""
 
-PACK, STEP_PACKS, VOCABULARY = 4096, 8, 131072
+PACK, VOCABULARY = 4096, 131072
 PATTERN = "MEM*ME"  # Mamba, mixture of experts, attention
 HIDDEN, HEADS, GROUPS, WIDTH = 2688, 32, 2, 128
 MAMBA_HEADS, MAMBA_WIDTH, MAMBA_GROUPS, STATE = 64, 64, 8, 128
@@ -18,8 +18,8 @@ def matrices(pattern: str = PATTERN) -> int:
     return sum(per_layer[layer] for layer in pattern)
 
 
-def flops_per_step(effective_context: float, pattern: str = PATTERN, frozen: bool = False) -> float:
-    """FLOPs of a step in which every token gets logits.
+def flops_per_token(effective_context: float, pattern: str = PATTERN, frozen: bool = False) -> float:
+    """FLOPs of a token in a step in which every token gets logits.
 
     6 per matrix parameter and token (4 where weights are frozen: there is no product for their gradients); causal
     attention inside documents, 2 products, half of them masked, 3 passes; Mamba's scan as Megatron-Bridge counts it
@@ -30,4 +30,4 @@ def flops_per_step(effective_context: float, pattern: str = PATTERN, frozen: boo
     products = passes * (matrices(pattern) + HIDDEN * VOCABULARY)
     attention = 6 * pattern.count("*") * HEADS * WIDTH * effective_context
     scan = 3 * 7 * pattern.count("M") * MAMBA_HEADS * MAMBA_WIDTH * STATE
-    return PACK * STEP_PACKS * (products + attention + scan)
+    return products + attention + scan

@@ -10,7 +10,7 @@ from common.change import change
 from common.clock import Clock
 from common.observer import Observer, TimedStep
 from dense.bridge import point_to
-from nemotron import PATTERN, STEP_PACKS, VOCABULARY
+from nemotron import PATTERN, VOCABULARY
 from nemotron_sft.train import hf, tuning
 from nemotron_sft.train.start import start_bridge
 
@@ -49,7 +49,7 @@ def configure(args: Namespace, steps: int) -> Any:
     model.gradient_accumulation_fusion = False  # needs APEX in the output layer
     container.tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY - 1)
     point_to(container.dataset, args.data)
-    container.train.train_iters, container.train.global_batch_size = steps, STEP_PACKS
+    container.train.train_iters, container.train.global_batch_size = steps, args.step_packs
     container.train.micro_batch_size = 1
     container.validation.eval_iters = 0
     container.scheduler.lr_warmup_iters, container.scheduler.lr_decay_iters = 2, None

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from common import ROOT
 from common.clock import Clock
-from nemotron import PACK, PATTERN, STEP_PACKS
+from nemotron import PACK, PATTERN
 
 ARCHITECTURE = ROOT / "conf/model/architecture/NVIDIA-Nemotron-3-Nano-30B-A3B.json"
 
@@ -85,11 +85,11 @@ def batches_of(args: Namespace, packs: int, steps: int) -> Iterator[list[tuple]]
     """The forward passes of each step: tokens, labels (-100 without a loss), trained tokens."""
     from nemotron_sft.train.batches import PackedDataset, collate
 
-    dataset = PackedDataset(args.data / "training.npy", steps * STEP_PACKS, seed=1234)
+    dataset = PackedDataset(args.data / "training.npy", steps * args.step_packs, seed=1234)
     for step in range(steps):
         found = []
-        for first in range(0, STEP_PACKS, packs):
-            start = step * STEP_PACKS + first
+        for first in range(0, args.step_packs, packs):
+            start = step * args.step_packs + first
             batch = collate(dataset.__getitems__(list(range(start, start + packs))))
             labels = torch.where(batch["loss_mask"] > 0, batch["labels"], -100)
             tensors = (x.view(packs, PACK).cuda() for x in (batch["tokens"], labels))

@@ -12,7 +12,7 @@ from common import ROOT
 from common.change import change
 from common.clock import Clock
 from common.observer import CountingStep, Observer, StepFromMemory
-from nemotron import PACK, PATTERN, STEP_PACKS, VOCABULARY
+from nemotron import PACK, PATTERN, VOCABULARY
 from nemotron_sft.config import TrainConfig, check
 from nemotron_sft.train import run
 from nemotron_sft.train.start import start_bridge
@@ -51,7 +51,7 @@ def ours(args: Namespace, row: int, in_memory: bool, lora: bool) -> Iterator[dic
         f"++model.vocab_size={VOCABULARY}",
         f"++model.expert_model_parallel_size={args.experts}",
         f"++train.train_iters={clock.total}",
-        f"++train.global_batch_size={STEP_PACKS * args.processes}",
+        f"++train.global_batch_size={args.step_packs * args.processes}",
         *([f"++train.packs_per_microbatch={row // PACK}"] if row else []),
         "++checkpoint.save_interval=0",
         "++validation.eval_interval=1000000",
@@ -65,7 +65,7 @@ def ours(args: Namespace, row: int, in_memory: bool, lora: bool) -> Iterator[dic
         composed = compose("train", overrides)
     run.train(check(composed, TrainConfig), composed, step, [observer])
     tokens, skipped, _ = step.so_far()
-    yield clock.results() | {"skipped_flops": skipped / tokens * PACK * STEP_PACKS, "lora": lora}
+    yield clock.results() | {"skipped_flops": skipped / tokens, "lora": lora}
 
 
 def without_weights(args: Namespace) -> str:
