@@ -1,4 +1,4 @@
-"""Training speed of Nemotron 3 Nano on one GPU: this repository, Megatron-Bridge's recipe, and transformers.
+"""Training speed of Nemotron 3 Nano on one GPU: this repository, Megatron-Bridge, transformers, and nemo-automodel.
 
     python bench/train_hybrid.py --out output/bench-hybrid               everything, then a table and results.json
     python bench/train_hybrid.py --out output/bench-hybrid --only ours bridge
@@ -13,11 +13,15 @@ nemotron/__init__.py.
   bridge                Megatron-Bridge's nemotron_3_nano_sft_config as it comes
   transformers-master   NemotronHForCausalLM, fp32 master weights; every number of packs in a forward pass
   transformers-bf16     the same with weights and moments in bf16 alone; add -compiled for torch.compile
+  automodel             nemo-automodel's own model (if installed), fp32 master weights, documents kept apart
+  automodel-rows        the same with packs as rows of a batch, as transformers has them; add -sdpa for PyTorch's
+                        attention, -torch for PyTorch's linear layers and norms, where Transformer Engine's fail
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +45,10 @@ def contestant(args: argparse.Namespace) -> Iterator[dict]:
         from nemotron.bridge import bridge
 
         return bridge(args)
+    if kind == "automodel":
+        from nemotron.automodel import automodel
+
+        return automodel(args, details)
     from nemotron.hugging_face import hugging_face
 
     return hugging_face(args, "master" in details, "compiled" in details)
@@ -53,7 +61,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="*", help="cases to run")
-    parser.add_argument("--rows", type=int, nargs="*", default=(8192, 16384, 32768), help="transformers' rows")
+    parser.add_argument("--rows", type=int, nargs="*", default=(8192, 16384, 32768), help="rows of the peers")
     parser.add_argument("--step-packs", type=int, default=8, metavar="N", help="packs of an optimizer step (8)")
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
@@ -107,13 +115,15 @@ def report(args: argparse.Namespace, facts: dict) -> None:
 
 
 def full_plan() -> list[tuple[str, list[str]]]:
-    """About eight minutes on one H100, without the first run's autotuning."""
+    """About eight minutes on one H100, without the first run's autotuning and without nemo-automodel."""
+    installed = importlib.util.find_spec("nemo_automodel")
     return [
         ("ours", ["--profiled", "3", "--steps", "20"]),
         ("ours-gpu", ["--steps", "20"]),
         ("bridge", ["--warm-up", "2", "--steps", "6"]),
         ("transformers-master", []),
         ("transformers-bf16", []),
+        *([("automodel", []), ("automodel-rows", [])] if installed else []),
         ("ours-lora", ["--warm-up", "2", "--steps", "4"]),
     ]
 

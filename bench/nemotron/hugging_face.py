@@ -29,28 +29,37 @@ def hugging_face(args: Namespace, master: bool, compiled: bool) -> Iterator[dict
 
     yield {}
     model = build()
-    optimizer = adam(model, master)
     loss_of = torch.compile(losses_of(model)) if compiled else losses_of(model)
+    yield every_row(args, model, adam(model, master), loss_of)
+
+
+def every_row(args: Namespace, model: Any, optimizer: Any, loss_of: Any, apart: bool = False) -> dict:
+    """Train on every number of packs in turn; the results so far lie in NAME.json. apart: see `batches_of`."""
     result: dict[str, Any] = {"rows": {}, "transformers": transformers.__version__, "torch": torch.__version__}
     for row in args.rows:
         clock = Clock([""], args.warm_up, args.steps, 0)
         try:
-            train(clock, model, optimizer, loss_of, batches_of(args, row // PACK, clock.total))
+            train(clock, model, optimizer, loss_of, batches_of(args, row // PACK, clock.total, apart))
             result["rows"][str(row)] = clock.results()
         except torch.OutOfMemoryError:
             print(f"{row}: out of memory", flush=True)
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1))
-    yield result
+    return result
+
+
+def slice_config() -> Any:
+    """transformers' config of the slice."""
+    known = ("architectures", "model_type", "transformers_version", "torch_dtype", "num_hidden_layers")
+    fields = {key: value for key, value in json.loads(ARCHITECTURE.read_text()).items() if key not in known}
+    fields["hybrid_override_pattern"] = PATTERN
+    return transformers.NemotronHConfig(**fields, num_hidden_layers=len(PATTERN))
 
 
 def build() -> Any:
     """The slice with random weights, in bf16."""
-    known = ("architectures", "model_type", "transformers_version", "torch_dtype", "num_hidden_layers")
-    fields = {key: value for key, value in json.loads(ARCHITECTURE.read_text()).items() if key not in known}
-    fields["hybrid_override_pattern"] = PATTERN
-    config = transformers.NemotronHConfig(**fields, num_hidden_layers=len(PATTERN))
+    config = slice_config()
     config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -81,8 +90,12 @@ def losses_of(model: Any) -> Any:
     return loss_of
 
 
-def batches_of(args: Namespace, packs: int, steps: int) -> Iterator[list[tuple]]:
-    """The forward passes of each step: tokens, labels (-100 without a loss), trained tokens."""
+def batches_of(args: Namespace, packs: int, steps: int, apart: bool = False) -> Iterator[list[tuple]]:
+    """The forward passes of each step: tokens, labels (-100 without a loss), trained tokens.
+
+    apart: before the trained tokens also the boundaries of the documents in all packs, one behind the other
+    (m,) int32, and the longest document.
+    """
     from nemotron_sft.train.batches import PackedDataset, collate
 
     dataset = PackedDataset(args.data / "training.npy", steps * args.step_packs, seed=1234)
@@ -92,8 +105,10 @@ def batches_of(args: Namespace, packs: int, steps: int) -> Iterator[list[tuple]]
             start = step * args.step_packs + first
             batch = collate(dataset.__getitems__(list(range(start, start + packs))))
             labels = torch.where(batch["loss_mask"] > 0, batch["labels"], -100)
-            tensors = (x.view(packs, PACK).cuda() for x in (batch["tokens"], labels))
-            found.append((*tensors, batch["counts"]["trained"]))
+            given = [x.view(packs, PACK).cuda() for x in (batch["tokens"], labels)]
+            if apart:
+                given += [batch["cu_seqlens_q"][0].cuda(), int(batch["max_seqlen_q"])]
+            found.append((*given, batch["counts"]["trained"]))
         yield found
 
 
@@ -102,8 +117,8 @@ def train(clock: Clock, model: Any, optimizer: Any, loss_of: Any, batches: Itera
     torch.cuda.reset_peak_memory_stats()
     for step in batches:
         trained = sum(given[-1] for given in step)
-        for tokens, labels, _ in step:
-            loss = loss_of(tokens, labels) / trained
+        for *given, _ in step:
+            loss = loss_of(*given) / trained
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
