@@ -14,8 +14,8 @@ nemotron/__init__.py.
   transformers-master   NemotronHForCausalLM, fp32 master weights; every number of packs in a forward pass
   transformers-bf16     the same with weights and moments in bf16 alone; add -compiled for torch.compile
   automodel             nemo-automodel's own model (if installed), fp32 master weights, documents kept apart
-  automodel-rows        the same with packs as rows of a batch, as transformers has them; add -sdpa for PyTorch's
-                        attention, -torch for PyTorch's linear layers and norms, where Transformer Engine's fail
+  automodel-rows        the same with packs as rows of a batch, as transformers has them; where a kernel fails, add
+                        -plain for PyTorch's cross entropy, -torch for its linear layers and norms, -sdpa (with rows)
 """
 
 from __future__ import annotations

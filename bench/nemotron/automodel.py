@@ -1,4 +1,4 @@
-"""nemo-automodel's own Nemotron 3 at its best on one GPU: grouped experts, Transformer Engine, Mamba kernels."""
+"""nemo-automodel's own Nemotron 3 at its best on one GPU: grouped experts, Transformer Engine, fused kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from nemo_automodel.components.loss.te_parallel_ce import TEParallelCrossEntropy
 from nemo_automodel.components.models.common import BackendConfig
 from nemo_automodel.components.models.nemotron_v3.model import NemotronHForCausalLM
 from torch.nn.functional import cross_entropy
@@ -15,14 +16,15 @@ from torch.nn.functional import cross_entropy
 from nemotron.hugging_face import adam, every_row, slice_config
 
 BEST = {"attn": "te", "linear": "te", "rms_norm": "te", "experts": "torch_mm", "dispatcher": "torch"}
-INSTEAD = {"rows": {}, "sdpa": {"attn": "sdpa"}, "torch": {"linear": "torch", "rms_norm": "torch"}}
+INSTEAD = {"sdpa": {"attn": "sdpa"}, "torch": {"linear": "torch", "rms_norm": "torch"}, "rows": {}, "plain": {}}
 
 
 def automodel(args: Namespace, details: list[str]) -> Iterator[dict]:
     """Every number of packs that a forward pass takes at once, in turn; details: words of INSTEAD.
 
     Without "rows" the packs lie behind one another and no document sees another, as nemo-automodel trains packed data;
-    that needs Transformer Engine's attention.
+    that needs Transformer Engine's attention. "plain": PyTorch's cross entropy, as for transformers; or else the fused
+    one, which writes the gradient in place of the logits.
     """
     import mamba_ssm.ops.triton.ssd_combined  # noqa: F401 -- the model looks for both only when it needs them
     import transformer_engine.pytorch  # noqa: F401
@@ -36,7 +38,7 @@ def automodel(args: Namespace, details: list[str]) -> Iterator[dict]:
     print(facts, flush=True)
     try:
         model = build(slice_config(), backend)
-        result = every_row(args, model, adam(model, master=True), losses_of(model), apart)
+        result = every_row(args, model, adam(model, master=True), losses_of(model, "plain" not in details), apart)
     except Exception as error:
         error.add_note(f"in {args.name} with {facts}")
         raise
@@ -64,8 +66,9 @@ def build(config: Any, backend: BackendConfig, device: str = "cuda") -> Any:
     return model.train()
 
 
-def losses_of(model: Any) -> Any:
+def losses_of(model: Any, fused: bool) -> Any:
     """The function of one forward pass: the sum of its losses, logits of trained tokens alone."""
+    fused_entropy = TEParallelCrossEntropy(reduction="sum")
 
     def loss_of(tokens, labels, *documents):
         packed = {}
@@ -75,6 +78,8 @@ def losses_of(model: Any) -> Any:
         hidden = model.model(tokens, **packed)
         kept = labels.flatten() >= 0
         logits = model.lm_head(hidden.flatten(0, -2)[kept])
+        if fused:
+            return fused_entropy(logits[None], labels.flatten()[kept][None])
         return cross_entropy(logits.float(), labels.flatten()[kept], reduction="sum")
 
     return loss_of
