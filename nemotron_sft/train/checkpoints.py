@@ -19,6 +19,7 @@ from nemotron_sft.train.compat.cpu import adapt_model
 from nemotron_sft.train.start import this_machine
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TORCHRUNS = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")  # in its processes' environment
 PATIENCE = datetime.timedelta(hours=12)  # that processes wait for one another: one may have much more to write
 
 
@@ -89,13 +90,19 @@ def convert(model, init_from: str, checkpoints: Path) -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Megatron's distributed set-up for this process alone, also under torchrun."""
+    """Megatron's distributed set-up for this process alone, also under torchrun.
+
+    What torchrun tells its processes is put aside meanwhile: by the last of TORCHRUNS PyTorch 2.11 takes torchrun to
+    serve every address, and waits for it in vain at the one that Bridge chooses.
+    """
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    with temporary_distributed_context(this_machine().backend):
-        yield
+    theirs = {name: os.environ.pop(name) for name in TORCHRUNS if name in os.environ}
+    try:
+        with temporary_distributed_context(this_machine().backend):
+            yield
+    finally:
+        os.environ.update(theirs)
 
 
 def _with_hf_weights(model, directory: str) -> list:

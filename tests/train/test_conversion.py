@@ -1,5 +1,7 @@
 """Hugging Face weights are loaded whole or not at all: what is missing, too much or of another shape is named."""
 
+import os
+
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -34,6 +36,20 @@ def load(directory):
     adapt_model(provider)
     with checkpoints.alone():
         yield checkpoints._with_hf_weights(provider, str(directory))[0]
+
+
+def test_one_process_of_torchrun_is_alone_for_a_while(bridge, monkeypatch):
+    import torch.distributed as dist
+
+    from nemotron_sft.train import checkpoints
+
+    theirs = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    with checkpoints.alone():
+        assert dist.get_world_size() == 1
+        assert not theirs.keys() & os.environ.keys()
+    assert theirs.items() <= os.environ.items()
 
 
 def test_a_nemotron_of_transformers_is_loaded_whole(saved):
