@@ -39,6 +39,7 @@ class Patch:
 
 
 PATCHES: list[Patch] = []
+APPLIED: set[str] = set()  # functions that ran in this process: the names that they expect are ours since
 
 
 def patch(expects: Names | Callable[[], Names], *, seen: str, until: str) -> Callable:
@@ -53,11 +54,12 @@ def patch(expects: Names | Callable[[], Names], *, seen: str, until: str) -> Cal
     def register(function: Callable) -> Callable:
         entry = Patch(f"{function.__module__}.{function.__qualname__}", function.__doc__ or "", expects, seen, until)
         PATCHES.append(entry)
-        check = functools.cache(entry.check)  # only once: afterwards the names are ours
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            check()
+            if entry.function not in APPLIED:
+                entry.check()
+                APPLIED.add(entry.function)
             return function(*args, **kwargs)
 
         return checked
