@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemotron_sft.config import Heldout as Settings
 from nemotron_sft.errors import UserError
@@ -67,7 +70,8 @@ class Heldout:
     def _ask(self, context, step: int) -> None:
         prompts, settings = self.prompts, self.settings
         sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
-        tokens = generate(context.model, prompts.ids, prompts.budget, prompts.eos_id, sampling, settings.batch_size)
+        with gathered(context.model, context.optimizer):
+            tokens = generate(context.model, prompts.ids, prompts.budget, prompts.eos_id, sampling, settings.batch_size)
         answers = [prompts.answer(each) for each in tokens]
         right = prompts.right(answers)
         scores = prompts.scores(right)
@@ -94,6 +98,30 @@ class Heldout:
             for row, given in zip(self._rows(), answers, strict=True)
         ]
         return columns, rows
+
+
+@contextlib.contextmanager
+def gathered(model: Sequence[Any], optimizer: Any) -> Iterator[None]:
+    """All parameters as the last step left them, on every rank; as Bridge does it before it validates and saves.
+
+    model: the chunks on this rank, as Bridge wraps them. With ddp.overlap_param_gather a step updates each rank's own
+    share, and hooks of the next step's forward pass gather the others', bucket by bucket. Bridge sets these hooks
+    after the first step only: until then nobody gathers. Without that overlap nothing is to be done.
+    """
+    if not getattr(model[0], "use_forward_hook", False):
+        yield
+        return
+    import torch
+    from megatron.bridge.training.train import disable_forward_pre_hook, enable_forward_pre_hook, force_param_sync
+
+    hooked = bool(model[0].remove_forward_pre_hook_handles)
+    with torch.no_grad():
+        (disable_forward_pre_hook if hooked else force_param_sync)(model, optimizer)
+    try:
+        yield
+    finally:
+        if hooked:
+            enable_forward_pre_hook(model)
 
 
 def first_and_last(asked: list[dict]) -> list[tuple[str, list[float]]]:

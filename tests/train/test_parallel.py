@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 STEPS = ["train.train_iters=10", "validation.eval_interval=10", "model.num_query_groups=2"]
 
 
-def train(ranks, data, run_dir, *overrides):
+def train(ranks, data, run_dir, *overrides, script="recipes/train.py"):
     arguments = [f"data={data}", f"run_dir={run_dir}", *SMALL, *STEPS, *overrides]
     launcher = {1: [sys.executable], 2: TORCHRUN}[ranks]
-    done = run(*launcher, "recipes/train.py", *arguments)
+    done = run(*launcher, script, *arguments, PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return losses(run_dir)
 
@@ -80,7 +80,13 @@ SPLITS = {
 def test_split_run_has_the_losses_of_one_process(split, tiny_data, weights, alone, tmp_path):
     alone, parts_alone = alone
     by_rank_0 = ["run_dir=null", f"output_dir={tmp_path}"] if split == "DP" else []
-    train(2, tiny_data, tmp_path / "run", weights, *SPLITS[split], *by_rank_0)
+    more = {}
+    if split == "DP":  # as on GPUs, and asked after every step
+        prompts = (ROOT / "data/tiny/heldout.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "few.jsonl").write_text("".join(prompts[:5]))
+        by_rank_0 += [f"heldout.path={tmp_path}/few.jsonl", "heldout.interval=1", "heldout.max_new_tokens=2"]
+        more["script"] = "tests/train/gather_late.py"
+    train(2, tiny_data, tmp_path / "run", weights, *SPLITS[split], *by_rank_0, **more)
     (run_dir,) = tmp_path.glob("train/*" if by_rank_0 else "run")  # one for all ranks
     assert (run_dir / "logs/rank1.log").exists()
     split_losses, parts = losses(run_dir), by_dataset(run_dir)
