@@ -13,8 +13,9 @@ class ForwardStep:
     """Bridge's GPT forward step, which also adds up what its batches held since `reset`.
 
     tokens (with padding), trained (tokens with a loss), packs (their numbers, in order) and waited (seconds for
-    batches) are this rank's. The loader counts on the host, where it is free; Bridge counts squared lengths on the
-    GPU, and would wait for the sum in every step.
+    batches) are this rank's: of an interleaved pipeline's model chunks, which all read the same batches, the first
+    one's. The loader counts on the host, where it is free; Bridge counts squared lengths on the GPU, and would wait for
+    the sum in every step.
 
     The last layer's MLP and the logits are computed for the tokens that have a loss and no others
     (`skip_untrained`): with a large vocabulary they cost as much as several layers, and much memory. skipped_flops
@@ -46,7 +47,7 @@ class ForwardStep:
             self._hooked[id(model)] = self._hook(model)
         tokens, squares = getattr(state, "_flops_seqlen_sum", 0), getattr(state, "_flops_seqlen_sq_sum", 0)
         self._tokens = self._squares = 0
-        watched = None if data_iterator is None else self._watch(data_iterator, self._hooked[id(model)])
+        watched = None if data_iterator is None else self._watch(data_iterator, model)
         self._batch = None
         output, loss_function = forward_step(state, watched, model, return_schedule_plan)
         if self._batch is not None:
@@ -57,7 +58,10 @@ class ForwardStep:
             state._flops_requires_global_reduce = False
         return output, loss_function
 
-    def _watch(self, data_iterator, makes_logits: bool) -> Iterator[dict]:
+    def _watch(self, data_iterator, model) -> Iterator[dict]:
+        from megatron.bridge.training.utils.flop_utils import get_model_chunk_vp_stage
+
+        first = not get_model_chunk_vp_stage(model)  # None where the pipeline is not interleaved
         while True:
             start = time.perf_counter()
             batch = next(data_iterator)
@@ -65,11 +69,12 @@ class ForwardStep:
             self._batch, counts = batch, batch["counts"]
             self._tokens += counts["tokens"]
             self._squares += counts["squares"]
-            self.tokens += counts["tokens"]
-            self.trained += counts["trained"]
-            self.packs += counts["packs"]
+            if first:
+                self.tokens += counts["tokens"]
+                self.trained += counts["trained"]
+                self.packs += counts["packs"]
             self._positions, self._loss_mask = None, batch["loss_mask"]
-            if makes_logits and self.skip_untrained:
+            if self._hooked[id(model)] and self.skip_untrained:
                 self._take_positions(batch["trained_positions"], counts)
             yield batch
 

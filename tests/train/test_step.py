@@ -27,6 +27,21 @@ def test_every_pipeline_stage_learns_where_documents_begin(stage, bridge, monkey
     assert packed["cu_seqlens_q"].tolist() == batch["cu_seqlens_q"].tolist()
 
 
+def test_a_batch_that_every_chunk_of_an_interleaved_pipeline_reads_counts_once(bridge, monkeypatch):
+    def forward_step(state, batches, model, return_schedule_plan):
+        next(batches)
+        return None, None
+
+    monkeypatch.setattr("megatron.bridge.training.gpt_step.forward_step", forward_step)
+    step, batch = ForwardStep(), collate(make_packs([[10, 20, 30], [64]]))
+    monkeypatch.setattr(step.losses, "watch", lambda *arguments: None)
+    state = SimpleNamespace(_flops_seqlen_sum=0)
+    for stage in (0, 1, 2):
+        step(state, iter([batch]), SimpleNamespace(vp_stage=stage))
+    counts = batch["counts"]
+    assert (step.tokens, step.trained, step.packs) == (counts["tokens"], counts["trained"], counts["packs"])
+
+
 def test_heads_that_predict_further_learn_no_label_that_is_not_trained(bridge):
     import torch
     from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
