@@ -14,7 +14,7 @@ from nemotron_sft.train import estimate, hf, peft, tuning, values
 from nemotron_sft.train.balance import Dealing
 from nemotron_sft.train.batches import PLAIN, dataset_names, packed_dataset_provider, weighting
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
-from nemotron_sft.train.limits import check_numbers, check_shape
+from nemotron_sft.train.limits import check_logger, check_numbers, check_shape
 from nemotron_sft.train.start import Machine
 from nemotron_sft.train.topology import check_topology, layers_of
 
@@ -260,6 +260,7 @@ def _logs(container, config: TrainConfig, run_dir: Path) -> None:
     container.logger.filter_warnings = True
     if any(key.startswith("wandb_") for key in config.logger.bridge):
         raise UserError("logger.wandb_*: use tracking=wandb, with tracking.project, tracking.entity, tracking.name")
+    check_logger(container.logger, config.logger.bridge)
     container.logger.wandb_project = None  # nemotron_sft/record/wandb.py says why
 
 

@@ -62,7 +62,18 @@ INSTEAD = {
     "rng.seed": "set seed, which the order of the data follows as well",
     "train.micro_batch_size": "set train.packs_per_microbatch",
     "checkpoint.save_retain_interval": "Megatron-Bridge does not read it; checkpoint.most_recent_k keeps the newest",
+    "logger.log_memory_interval": "Megatron-Bridge does not read it; metrics.jsonl has peak_memory_gib",
+    "logger.log_device_memory_used": "Megatron-Bridge does not read it; metrics.jsonl has peak_memory_gib",
+    "logger.log_max_attention_logit": "Megatron-Bridge does not read it; remove it",
+    "logger.log_num_zeros_in_grad": "Megatron-Bridge does not read it; set optimizer.log_num_zeros_in_grad",
 }
+# Fields of Bridge's LoggerConfig that nothing reads where logger.skip_train_metrics_log, as on a GPU, is true.
+IN_BRIDGES_LINES = (
+    "log_params_norm", "log_throughput", "log_throughput_to_tensorboard", "throughput_window_size",
+    "tensorboard_log_interval", "log_timers_to_tensorboard", "log_loss_scale_to_tensorboard",
+    "log_memory_to_tensorboard", "memory_keys", "log_l2_norm_grad_to_tensorboard", "log_runtime_to_tensorboard",
+    "runtime_time_unit", "log_world_size_to_tensorboard",
+)  # fmt: skip
 OPTIMIZERS = ("adam", "sgd", "muon", "adaptive_muon", "soap", "lion", "dist_muon")  # adam is AdamW
 HINTS = {
     "train.epochs": " (train.train_iters=0 only converts weights)",
@@ -92,6 +103,19 @@ def _given(config: TrainConfig, name: str) -> Any:
     node = getattr(config, section) if section else config
     own = getattr(node, key, None)
     return node.bridge.get(key) if own is None and isinstance(node, Bridge) else own
+
+
+def check_logger(logger: Any, given: dict[str, Any]) -> None:
+    """Raise UserError for what only Bridge's own lines have, where it writes none.
+
+    logger: Bridge's LoggerConfig, with all settings made; given: the user's own, by key.
+    """
+    lost = next((key for key in IN_BRIDGES_LINES if given.get(key)), None)
+    if lost and logger.skip_train_metrics_log:
+        raise UserError(
+            f"logger.{lost}: only lines of Megatron-Bridge's own have it, which are off on a GPU: remove it, or add "
+            "logger.skip_train_metrics_log=false"
+        )
 
 
 def check_shape(model: Any) -> None:

@@ -71,6 +71,11 @@ def test_epochs_decide_the_number_of_steps(bridge, tiny_data, tmp_path):
         ([*SMALL, "train.train_iters=0"], "train.train_iters=0 converts Hugging Face weights: set init_from"),
         ([*SMALL, "train.micro_batch_size=3"], "train.micro_batch_size: set train.packs_per_microbatch"),
         ([*SMALL, "checkpoint.save_retain_interval=5"], "save_retain_interval: .* checkpoint.most_recent_k"),
+        ([*SMALL, "logger.log_memory_interval=5"], "log_memory_interval: .* metrics.jsonl has peak_memory_gib"),
+        (
+            [*SMALL, "logger.skip_train_metrics_log=true", "logger.log_timers_to_tensorboard=true"],
+            "log_timers_to_tensorboard: only lines of Megatron-Bridge's own have it",
+        ),
         ([*SMALL, "data.verify=none"], "choose sizes or full"),
         ([*SMALL, "init_from={data}"], "init_from=.* holds neither a Megatron checkpoint nor a Hugging Face model"),
         ([*SMALL, "init_from={data}/metadata.json"], "init_from=.*metadata.json: no such directory"),
@@ -95,6 +100,7 @@ def test_rules_are_about_keys_that_there_are():
     for name in {name for _, names in limits.RULES.values() for name in names} | limits.INSTEAD.keys():
         section, _, key = name.rpartition(".")
         assert hasattr(getattr(typed, section) if section else typed, key) or key in bridge_fields(section), name
+    assert bridge_fields("logger").issuperset(limits.IN_BRIDGES_LINES)
     assert limits.HINTS.keys() <= {name for _, names in limits.RULES.values() for name in names}
 
 
