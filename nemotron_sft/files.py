@@ -16,6 +16,8 @@ import orjson
 
 from nemotron_sft.errors import UserError
 
+JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")  # one JSON value a line
+
 
 class AtomicFile:
     """A binary file that appears under `path` when the `with` block ends well, and not at all otherwise.

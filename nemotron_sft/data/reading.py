@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, cast
 from nemotron_sft.data import columnar, hub
 from nemotron_sft.data.jsontext import NotJSON, loads
 from nemotron_sft.errors import UserError, first_line
+from nemotron_sft.files import JSON_LINES
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+FORMATS = (*JSON_LINES, ".json", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
 COLUMNAR = (".parquet", ".arrow")
 _SPACE = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first record: a byte order mark and blanks

@@ -5,10 +5,10 @@
     read(piece)       the piece's records with their positions
     locate(file, position)  "file:line" for a person
 
-JSON lines (.jsonl .ndjson, or .json with one object a line), JSON (one array), Parquet and Arrow (.arrow, as
-save_to_disk writes it), the first two also compressed (.gz .zst). Plain JSON lines are split by bytes, Parquet by row
-groups and Arrow by record batches; compressed files and JSON arrays cannot be entered in the middle and are one piece
-each.
+JSON lines (.jsonl .jsonlines .ndjson, or .json with one object a line), JSON (one array), Parquet and Arrow (.arrow,
+as save_to_disk writes it), the first two also compressed (.gz .zst). Plain JSON lines are split by bytes, Parquet by
+row groups and Arrow by record batches; compressed files and JSON arrays cannot be entered in the middle and are one
+piece each.
 
 A position identifies a record inside its file: the byte offset of its line in plain JSONL, otherwise the
 number of the line, array element or row, counted from 0.
@@ -30,6 +30,7 @@ from nemotron_sft.data.blend import Dataset
 from nemotron_sft.data.hub import endpoint, fetch
 from nemotron_sft.data.reading import COLUMNAR, COMPRESSED, FORMATS, File
 from nemotron_sft.errors import UserError
+from nemotron_sft.files import JSON_LINES
 from nemotron_sft.paths import ROOT
 
 HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w-][\w.-]*/[\w.-]+")
@@ -132,7 +133,7 @@ def _has_format(name: str) -> bool:
         return True
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
-    return name.endswith((".jsonl", ".ndjson", ".json"))
+    return name.endswith((*JSON_LINES, ".json"))
 
 
 def _remote(dataset: Dataset) -> list[File]:

@@ -18,6 +18,7 @@ from nemotron_sft.config import Heldout
 from nemotron_sft.data.chat import ChatError, Template
 from nemotron_sft.data.opened import open_template, open_tokenizer
 from nemotron_sft.errors import UserError
+from nemotron_sft.files import JSON_LINES
 from nemotron_sft.train import scorers
 
 EXACT_MARGIN = 4  # new tokens that an exact answer gets beyond the length of what is expected: then it is wrong
@@ -74,12 +75,18 @@ def named_files(path: Any) -> dict[str, Path]:
     if path is None:
         return {}
     if isinstance(path, str):
-        return {Path(path).name.removesuffix(".jsonl"): Path(path)}
+        return {name_of_file(path): Path(path)}
     if not isinstance(path, dict) or not all(isinstance(file, str) for file in path.values()):
         raise UserError("heldout.path must be a file, or files by name: heldout.path={math: a.jsonl, tools: b.jsonl}")
     if bad := next((name for name in path if "/" in str(name)), None):
         raise UserError(f"heldout.path: the name {bad!r} has a slash in it; it is the end of score/NAME in the metrics")
     return {str(name): Path(file) for name, file in path.items()}
+
+
+def name_of_file(path: str | Path) -> str:
+    """What a file of prompts is called: its name without .jsonl."""
+    path = Path(path)
+    return path.stem if path.suffix in JSON_LINES else path.name
 
 
 def load_prompts(config: Heldout, metadata: dict) -> Prompts | None:

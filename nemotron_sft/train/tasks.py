@@ -10,9 +10,10 @@ from typing import Any
 from nemotron_sft.config import nearest
 from nemotron_sft.data.chat import ChatError, load_template
 from nemotron_sft.errors import UserError
+from nemotron_sft.files import JSON_LINES
 from nemotron_sft.paths import ROOT
 from nemotron_sft.train import scorers
-from nemotron_sft.train.prompts import EXACT_MARGIN, read_prompts
+from nemotron_sft.train.prompts import EXACT_MARGIN, name_of_file, read_prompts
 
 TINY = ROOT / "data" / "tiny" / "heldout.jsonl"
 LONGEST = 256  # new tokens for an answer that need not be exact
@@ -20,12 +21,12 @@ LONGEST = 256  # new tokens for an answer that need not be exact
 
 def prompts_of(task: str) -> Path | None:
     """The prompts of a task that is not lm-eval's: `tiny`, or a file as heldout.path takes it."""
-    return TINY if task == "tiny" else Path(task) if task.endswith(".jsonl") else None
+    return TINY if task == "tiny" else Path(task) if task.endswith(JSON_LINES) else None
 
 
 def name_of(task: str) -> str:
     """What a task is called in tables and files."""
-    return Path(task).name.removesuffix(".jsonl") if prompts_of(task) else task
+    return name_of_file(task) if prompts_of(task) else task
 
 
 def known(tasks: tuple[str, ...]) -> Any:

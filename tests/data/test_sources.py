@@ -49,7 +49,7 @@ def find(path, **fields):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.jsonl.zst", "array.json", "a.parquet"]
+    "name", ["a.jsonl", "a.jsonlines", "a.ndjson", "a.json", "a.jsonl.gz", "a.jsonl.zst", "array.json", "a.parquet"]
 )
 def test_formats(tmp_path, name):
     path = tmp_path / name
