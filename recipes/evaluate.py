@@ -26,14 +26,23 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each task")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="samples at a time (16)")
     parser.add_argument("--chat", action="store_true", help="put the questions of lm-eval's tasks in the chat template")
+    parser.add_argument("--thinking", action="store_true", help="let the model reason; what follows that is scored")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer, reasoning included")
     arguments = parser.parse_args()
     tasks = tuple(filter(None, arguments.tasks.split(",")))
-    if not tasks or (arguments.limit or 1) < 1 or arguments.batch_size < 1:
-        raise app.UserError("--tasks must name a task, --limit and --batch-size must be at least 1")
+    numbers = {"--limit": arguments.limit, "--batch-size": arguments.batch_size,
+               "--max-new-tokens": arguments.max_new_tokens}  # fmt: skip
+    if not tasks:
+        raise app.UserError("--tasks must name a task")
+    if bad := next((name for name, number in numbers.items() if number is not None and number < 1), None):
+        raise app.UserError(f"{bad} must be at least 1")
 
     from nemotron_sft.train.harness import Settings, evaluate  # heavy
 
-    evaluate(arguments.model, arguments.against, Settings(tasks, arguments.limit, arguments.batch_size, arguments.chat))
+    settings = Settings(
+        tasks, arguments.limit, arguments.batch_size, arguments.chat, arguments.thinking, arguments.max_new_tokens
+    )
+    evaluate(arguments.model, arguments.against, settings)
 
 
 if __name__ == "__main__":

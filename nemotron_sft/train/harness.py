@@ -2,7 +2,7 @@
 
     evaluation-TASKS.json in the run directory:
     {"format": "nemotron-sft-evaluation", "version": 1, "made": UTC time, "model", "against": path or null, "limit",
-     "chat", "seconds", "packages": {name: version},
+     "chat", "thinking", "max_new_tokens": number or null, "seconds", "packages": {name: version},
      "scores": [{"task", "metric", "samples", "score", "error", "before", "before_error", "difference",
                  "difference_error"}]}
 
@@ -37,6 +37,7 @@ from nemotron_sft.record.wandb import Tracker
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
 from nemotron_sft.train.comparison import Compared, Score, cells, compare, print_scores, scores_of
 from nemotron_sft.train.compat.transformers import exact_scan
+from nemotron_sft.train.prompts import after_reasoning
 from nemotron_sft.train.tasks import known, name_of, prompts_of, task_of
 
 FORMAT, VERSION = "nemotron-sft-evaluation", 1
@@ -44,12 +45,18 @@ FORMAT, VERSION = "nemotron-sft-evaluation", 1
 
 @dataclass(frozen=True)
 class Settings:
-    """How the tasks are asked. limit: only the first so many samples of each; chat: in the chat template."""
+    """How the tasks are asked.
+
+    limit: only the first so many samples of each; chat: lm-eval's own tasks in the chat template; thinking: the model
+    is to reason, and what follows its reasoning is scored; max_new_tokens: of an answer, None leaves it to the task.
+    """
 
     tasks: tuple[str, ...]
     limit: int | None
     batch_size: int
     chat: bool
+    thinking: bool = False
+    max_new_tokens: int | None = None
 
 
 def evaluate(model: Path, against: str | None, settings: Settings) -> None:
@@ -60,6 +67,11 @@ def evaluate(model: Path, against: str | None, settings: Settings) -> None:
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm-eval is not installed: install the extra `eval` (docs/evaluation.md)")
     started = time.time()
+    theirs = [task for task in settings.tasks if not prompts_of(task)]
+    if settings.thinking and theirs and not settings.chat:
+        raise UserError(
+            f"--thinking: {theirs[0]} is asked without the chat template, which opens reasoning: add --chat"
+        )
     if not model.is_dir():
         raise UserError(f"{model}: no such directory")
     home = run_of(model) or model
@@ -76,7 +88,8 @@ def evaluate(model: Path, against: str | None, settings: Settings) -> None:
     about = {
         "format": FORMAT, "version": VERSION, "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": str(after), "against": str(before) if before else None, "limit": settings.limit,
-        "chat": settings.chat, "seconds": round(time.time() - started, 1),
+        "chat": settings.chat, "thinking": settings.thinking, "max_new_tokens": settings.max_new_tokens,
+        "seconds": round(time.time() - started, 1),
         "packages": lineage.packages() | {"lm-eval": version("lm-eval")},
         "scores": [asdict(score) for score in scores],
     }  # fmt: skip
@@ -127,23 +140,26 @@ def _scores(source: Path | str, settings: Settings, manager: Any, template: Path
     from lm_eval import simple_evaluate
 
     model = _loaded(source, settings, template)
-    their_text = model.tok_decode
+    longest = settings.max_new_tokens
     found = []
     for task in settings.tasks:
         asked: Any = task
         if path := prompts_of(task):
-            asked = task_of(name_of(task), path, model.tokenizer, _ends(model))
-            model.add_bos_token = False  # the chat template has put there what belongs there
-            model.tok_decode = _whole_text(model.tokenizer)
-        else:
-            model.add_bos_token, model.tok_decode = None, their_text
+            asked = task_of(name_of(task), path, model.tokenizer, _ends(model), settings.thinking, longest)
+        model.add_bos_token = False if path else None  # the chat template has put there what belongs there
+        model.tok_decode = decoder(model.tokenizer, path is not None, settings.thinking)
         try:
             results = simple_evaluate(
                 model, tasks=[asked], limit=settings.limit, task_manager=manager,
                 apply_chat_template=settings.chat and not path, log_samples=True,
+                gen_kwargs={"max_gen_toks": longest} if longest and not path else None,
             )  # fmt: skip
         except (OSError, ImportError) as error:  # no network, or a package that this task wants
             raise UserError(f"task {task} cannot be run: {first_line(error)}") from None
+        except ValueError as error:
+            if not settings.thinking or "enable_thinking" not in str(error):
+                raise
+            raise UserError(f"--thinking: {task} has the model choose among given answers, without reasoning") from None
         found += list(scores_of(results))
     del model
     gc.collect()
@@ -169,8 +185,12 @@ def _loaded(source: Path | str, settings: Settings, template: Path | None) -> An
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{source} cannot be loaded by transformers: {first_line(error)}") from None
     model.register_forward_pre_hook(_scan_exactly, with_kwargs=True)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size,
-                chat_template_args={"enable_thinking": False})  # fmt: skip
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size,
+                   chat_template_args={"enable_thinking": settings.thinking})  # fmt: skip
+    wrapped.enable_thinking = settings.thinking  # it refuses likelihoods then
+    if (settings.max_new_tokens or 0) >= wrapped.max_length:
+        raise UserError(f"--max-new-tokens: {source} takes {wrapped.max_length} tokens, the question included")
+    return wrapped
 
 
 def _ends(model: Any) -> list[str]:
@@ -181,11 +201,17 @@ def _ends(model: Any) -> list[str]:
     return list(dict.fromkeys([*ends, model.tokenizer.eos_token]))
 
 
-def _whole_text(tokenizer: Any) -> Any:
-    """A decoder that leaves special tokens in: a tool call's tags may be such."""
+def decoder(tokenizer: Any, whole: bool, thinking: bool) -> Any:
+    """What makes text of a model's new tokens, or of one special token, for lm-eval.
 
-    def decode(tokens: Any, skip_special_tokens: bool = False) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=False)
+    whole: special tokens stay, since a tool call's tags may be such; thinking: only what follows the reasoning.
+    """
+
+    def decode(tokens: Any, skip_special_tokens: bool = True) -> str:
+        if thinking and not isinstance(tokens, int):
+            text = after_reasoning(tokenizer.decode(tokens, skip_special_tokens=False))
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens and not whole)
 
     return decode
 
@@ -230,7 +256,7 @@ def _track(home: Path, about: dict, scores: list[Compared]) -> dict | None:
     model = about["model"]
     newest = newest_iteration(home / "checkpoints")
     source = newest if newest and Path(model) == home / "hf" else Path(model)
-    values = {key: about[key] for key in ("model", "against", "limit", "chat")}
+    values = {key: about[key] for key in ("model", "against", "limit", "chat", "thinking")}
     inputs = [lineage.of_model(str(source), source, None, 0, cfg.digests)]
     made = lineage.record("evaluate", values, inputs, [])
     tracker = Tracker(cfg, made, home, [], say)

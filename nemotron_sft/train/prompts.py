@@ -60,14 +60,17 @@ class Prompts:
     def answer(self, tokens: list[int]) -> str:
         """New tokens as the answer that is scored: what follows the reasoning, nothing if that has no end."""
         text = self.decode(np.array(tokens, np.int32))
-        if self.thinking:
-            text = text.partition("</think>")[2]
-        return text.strip()
+        return (after_reasoning(text) if self.thinking else text).strip()
 
     def question(self, index: int) -> str:
         """The text of a prompt's last message."""
         content = self.records[index]["messages"][-1].get("content")
         return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def after_reasoning(text: str) -> str:
+    """What follows the reasoning at the beginning of an answer; nothing if that has no end."""
+    return text.partition("</think>")[2]
 
 
 def named_files(path: Any) -> dict[str, Path]:

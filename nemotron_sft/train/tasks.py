@@ -16,7 +16,7 @@ from nemotron_sft.train import scorers
 from nemotron_sft.train.prompts import EXACT_MARGIN, name_of_file, read_prompts
 
 TINY = ROOT / "data" / "tiny" / "heldout.jsonl"
-LONGEST = 256  # new tokens for an answer that need not be exact
+LONGEST = 256  # new tokens for an answer that need not be exact, unless the user says another number
 
 
 def prompts_of(task: str) -> Path | None:
@@ -52,21 +52,22 @@ def known(tasks: tuple[str, ...]) -> Any:
     return manager
 
 
-def task_of(name: str, path: Path, tokenizer: Any, ends: list[str]) -> dict:
-    """lm-eval's config of a task made of prompts with checkable answers, in the chat template, without reasoning.
+def task_of(name: str, path: Path, tokenizer: Any, ends: list[str], thinking: bool, longest: int | None) -> dict:
+    """lm-eval's config of a task made of prompts with checkable answers, in the chat template.
 
-    tokenizer: transformers' own, with a chat template; ends: the tokens that end an answer. Raises UserError for a line
-    that cannot be asked.
+    tokenizer: transformers' own, with a chat template; ends: the tokens that end an answer; thinking: whether the model
+    is to reason; longest: new tokens of an answer, reasoning included. Raises UserError for a line that cannot be
+    asked.
     """
     from datasets import Dataset
 
     prompts = read_prompts(path, "--tasks")
-    texts = rendered(tokenizer, prompts)
+    texts = rendered(tokenizer, prompts, thinking)
     expected = [record["answer"] for _, record in prompts if record["score"] == "exact"]
-    longest = LONGEST
-    if len(expected) == len(prompts):  # what goes on beyond that is wrong
+    longest = longest or LONGEST
+    if len(expected) == len(prompts) and not thinking:  # what goes on beyond that is wrong
         lengths = [len(tokenizer.encode(answer, add_special_tokens=False)) for answer in expected]
-        longest = max(lengths) + EXACT_MARGIN
+        longest = min(longest, max(lengths) + EXACT_MARGIN)
     rows = [{"text": text, "record": json.dumps(record)} for text, (_, record) in zip(texts, prompts, strict=True)]
     return {
         "task": name,
@@ -81,14 +82,14 @@ def task_of(name: str, path: Path, tokenizer: Any, ends: list[str]) -> dict:
     }
 
 
-def rendered(tokenizer: Any, prompts: list[tuple[str, dict]]) -> list[str]:
-    """The texts that ask the prompts, without reasoning, in the tokenizer's chat template. Raises UserError."""
+def rendered(tokenizer: Any, prompts: list[tuple[str, dict]], thinking: bool) -> list[str]:
+    """The texts that ask the prompts in the tokenizer's chat template. Raises UserError."""
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     template = load_template("chat template", tokenizer.chat_template, special_tokens=special)
     texts = []
     for where, record in prompts:
         try:
-            texts.append(template.generation_prompt(record["messages"], record.get("tools"), thinking=False))
+            texts.append(template.generation_prompt(record["messages"], record.get("tools"), thinking=thinking))
         except ChatError as error:
             raise UserError(f"{where}: {error}") from None
     return texts

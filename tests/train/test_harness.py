@@ -114,6 +114,7 @@ def test_every_metric_of_a_result_is_read():
         ("empty", "bad.jsonl", None, "bad.jsonl:1: unknown scorer"),
         ("empty", "tiny,a/tiny.jsonl", None, "two tasks are called tiny"),
         ("empty", "gsm8kk", None, "did you mean gsm8k?"),
+        ("empty", "tiny,gsm8k", None, "--thinking: gsm8k is asked without the chat template"),
         ("hf", "tiny", None, "hf cannot be loaded by transformers"),
         ("empty", "tiny", "run", "cannot be exported: .*has no checkpoint"),
     ],
@@ -126,7 +127,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, model, 
     (tmp_path / "hf/config.json").write_text("{}")
     (tmp_path / "run/config.yaml").write_text("data: {path: data}\ninit_from: random\nmodel: {hf: null}\n")
     (tmp_path / "bad.jsonl").write_text('{"messages": [], "answer": "1", "score": "taste"}\n')
-    settings = harness.Settings(tuple(names.split(",")), None, 16, False)
+    settings = harness.Settings(tuple(names.split(",")), None, 16, False, "--thinking" in words)
     with pytest.raises(UserError, match=words) as error:
         harness.evaluate(tmp_path.joinpath(model).relative_to(tmp_path), against, settings)
     assert "\n" not in str(error.value)
@@ -139,12 +140,32 @@ def test_wrong_numbers_and_no_tasks_are_refused_by_the_command(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_prompts_are_asked_as_in_training(tiny_data):
+@pytest.mark.parametrize("thinking", [False, True])
+def test_prompts_are_asked_as_in_training(thinking, tiny_data):
     """The text that the export's template makes of a prompt is the one that the training template makes."""
     metadata = read_metadata(tiny_data)
     tokenizer = open_tokenizer(metadata)
     theirs = SimpleNamespace(special_tokens_map=tokenizer.special_tokens, chat_template=open_template(metadata).source)
-    settings = Heldout(str(tasks.TINY), None, 3, 64, 128, False, 0, 1, 0)
+    settings = Heldout(str(tasks.TINY), None, 3, 64, 128, thinking, 0, 1, 0)
     ids = load_prompts(settings, metadata).ids
-    texts = tasks.rendered(theirs, read_prompts(tasks.TINY, "--tasks"))
+    texts = tasks.rendered(theirs, read_prompts(tasks.TINY, "--tasks"), thinking)
     assert [tokenizer.decode(each) for each in ids] == texts
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_follows_the_reasoning_is_scored(whole):
+    """As in a run: of an answer whose reasoning has no end that is nothing."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/tokenizer")
+    silent, thinking = (harness.decoder(tokenizer, whole, each) for each in (False, True))
+    end = tokenizer.eos_token
+    for text, after in (
+        (f"6 x 7 is</think>42{end}", "42"),
+        (f"so</think>\n\na</think>b{end}", "\n\na</think>b"),
+        ("42", ""),
+    ):
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        assert thinking(tokens) == (after + end if whole and after else after)
+        assert silent(tokens) == (text if whole else text.removesuffix(end))
+    assert thinking(tokenizer.eos_token_id, skip_special_tokens=False) == end  # lm-eval asks what ends an answer
