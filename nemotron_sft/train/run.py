@@ -25,6 +25,7 @@ from nemotron_sft.paths import STARTED, TYPED
 from nemotron_sft.record import wandb
 from nemotron_sft.train import checkpoints, evaluation, export, resume, tracked, vocabulary
 from nemotron_sft.train.checkpoints import starting_point
+from nemotron_sft.train.compat.bridge import count_layers_of_metrics
 from nemotron_sft.train.compat.cpu import adapt
 from nemotron_sft.train.compat.optimizer import resume_at_another_rate, shorten_the_optimizers_step
 from nemotron_sft.train.container import build, replicas, resume_from
@@ -38,6 +39,7 @@ from nemotron_sft.train.report import summarise
 from nemotron_sft.train.signals import saving_on_sigterm
 from nemotron_sft.train.start import Machine, log_to_file, start_bridge, this_machine
 from nemotron_sft.train.step import ForwardStep
+from nemotron_sft.train.topology import layers_of
 
 
 @dataclass
@@ -178,6 +180,7 @@ def configure(run: Run, terminal: TextIO) -> Any:
         else:
             shorten_the_optimizers_step(container.optimizer)
         resume_at_another_rate()
+        count_layers_of_metrics(len(layers_of(container.model)) + (container.model.mtp_num_layers or 0))
         evaluation.check(run.config.heldout, container)
         resume.check(container, run.directory, run.data_dir, run.metadata)
     except UserError:

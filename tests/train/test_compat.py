@@ -11,6 +11,7 @@ from conftest import ROOT
 import nemotron_sft.train.compat as drawer
 from nemotron_sft.errors import UserError
 from nemotron_sft.train.compat import registry
+from nemotron_sft.train.compat.bridge import count_layers_of_metrics
 from nemotron_sft.train.compat.registry import PATCHES, Patch
 
 MODULES = [importlib.import_module(f"{drawer.__name__}.{each.name}") for each in pkgutil.iter_modules(drawer.__path__)]
@@ -91,3 +92,15 @@ def test_no_upstream_name_is_replaced_outside_the_drawer_or_without_an_entry():
             assert any(each.replace(":", ".") == name for each in names), f"{function} replaces {name}, unregistered"
             changed += 1
     assert changed > 5  # the search finds what it should
+
+
+def test_a_stage_without_experts_records_as_many_numbers_as_the_others(bridge, monkeypatch):
+    """Bridge asks for as many as there are layers of experts; a sum of two lengths over the stages never ended."""
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    monkeypatch.setattr(MoEMetricsTracker, "ensure_initialized", MoEMetricsTracker.ensure_initialized)
+    for layers in (5, 7):  # a process may build several models
+        count_layers_of_metrics(layers)
+        without = MoEMetricsTracker()
+        without.ensure_initialized("load_balancing_loss", 1)
+        assert len(without.metrics["load_balancing_loss"].values) == layers

@@ -142,3 +142,27 @@ def some_shards() -> Iterator[None]:
     finally:
         api.ShardedTensor._init_from_local_shards_and_global_metadata = whole
         api._parse_and_validate_remote_device = parse
+
+
+@patch(
+    {
+        "megatron.core.transformer.moe.moe_logging:MoEMetricsTracker.ensure_initialized": (
+            "(self, name, num_layers, device)"
+        ),
+    },
+    seen="megatron-bridge 0.6.2, megatron-core 0.19.2",
+    until="Bridge gives a stage without experts as many numbers as core gives the others",
+)
+def count_layers_of_metrics(layers: int) -> None:
+    """Ranks of a pipeline add up what they record of experts, one number per layer of the model: `layers`, those of
+    multi-token prediction included. A stage of a hybrid without experts has recorded nothing, and gets from Bridge one
+    number per layer of experts: the sum of two lengths is wrong, or never ends."""
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    ensure = getattr(MoEMetricsTracker.ensure_initialized, "of_core", MoEMetricsTracker.ensure_initialized)
+
+    def ensure_initialized(self: Any, name: str, num_layers: int, device: Any = None) -> None:
+        ensure(self, name, layers, device)
+
+    ensure_initialized.of_core = ensure  # type: ignore[attr-defined]
+    MoEMetricsTracker.ensure_initialized = ensure_initialized
