@@ -244,10 +244,15 @@ def test_wandb_is_not_imported_beside_bridge_setting_up(tmp_path):
     settings = Tracking("offline", "p", None, None, None, [], None, 300, 1, True)
     record = {"stage": "train", "inputs": [], "tracking": None, "config": {"values": {}, "digest": "d"}}
     tracker = Tracker(settings, record, tmp_path, [], print)
+    others = set(threading.enumerate())  # one of an earlier test may still be at its end
+
+    def started() -> bool:
+        return any(thread.name == "tracking" for thread in set(threading.enumerate()) - others)
+
     tracker.log({"loss": 1.0}, 1)  # kept until the run is open
-    assert not any(thread.name == "tracking" for thread in threading.enumerate())
+    assert not started()
     tracker.start()
-    assert any(thread.name == "tracking" for thread in threading.enumerate())
+    assert started()
     tracker.close(0)
     assert offline_run(tmp_path)[3] == 1
 
