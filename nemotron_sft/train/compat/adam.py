@@ -72,7 +72,7 @@ class Factors:
 
 
 def _is_large(gradient: Any) -> bool:
-    return LARGE <= gradient.numel() < 1 << 31 and gradient.is_contiguous()  # the kernel counts in 32 bits
+    return LARGE <= gradient.numel() < 1 << 31 and gradient.is_contiguous()  # no larger one was tried
 
 
 def launch(several: list[tuple], factor: Any, settings: tuple, decoupled: bool) -> None:
@@ -136,11 +136,10 @@ def kernel() -> Any:
         firsts = tl.load(row + 2).to(tl.pointer_type(FIRST))
         seconds = tl.load(row + 3).to(tl.pointer_type(SECOND))
         remainders = tl.load(row + 4).to(tl.pointer_type(tl.int16))
-        if ALIGNED:  # then four numbers are read at a time: of 16 bits, too, so that all lie in the same threads
-            gradients = tl.multiple_of(gradients, 4 * GRADIENT.primitive_bitwidth // 8)
-            firsts = tl.multiple_of(firsts, 4 * FIRST.primitive_bitwidth // 8)
-            seconds = tl.multiple_of(seconds, 4 * SECOND.primitive_bitwidth // 8)
-            weights, remainders = tl.multiple_of(weights, 8), tl.multiple_of(remainders, 8)
+        if ALIGNED:  # then several numbers are read at a time
+            gradients, weights = tl.multiple_of(gradients, 16), tl.multiple_of(weights, 16)
+            firsts, seconds = tl.multiple_of(firsts, 16), tl.multiple_of(seconds, 16)
+            remainders = tl.multiple_of(remainders, 16)
         gradient = tl.load(gradients + at, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             gradient = gradient * tl.load(factor)
