@@ -41,6 +41,7 @@ KINDS = [("hybrid", 2), ("gpt", 1), ("hybrid", 1), ("gpt", 2)]  # model and rank
 PLACES = START, STEP, SAVING, AFTER, EXPORT = "start-up", "a step", "saving", "after the last save", "export"
 DONE = "after the export"
 PATIENCE = 400  # seconds for a run of seconds
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 class Attempt:
@@ -54,7 +55,7 @@ class Attempt:
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [*command, f"run_dir={run_dir}", *MODELS[model], *RUN], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
             )  # fmt: skip
 
     def changed(self, name: str) -> bool:
