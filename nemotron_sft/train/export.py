@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,22 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 
-from nemotron_sft.data.packed import open_packs, read_metadata
+from nemotron_sft.data.packed import read_metadata
 from nemotron_sft.errors import UserError
 from nemotron_sft.files import write_json
 from nemotron_sft.train import adapter_files, checkpoints, handover, hf, peft
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
-from nemotron_sft.train.compat.transformers import exact_scan
+from nemotron_sft.train.logits import compare, free_memory
 from nemotron_sft.train.start import log_to_file, start_bridge, this_machine
 from nemotron_sft.train.weights import EMBEDDING, HEAD, AdaptedReader, CheckpointReader, HuggingFaceReader, Skeleton
 
-SAMPLE = 256  # tokens on which an export is compared with the model it came from
-# Largest difference of two logits, relative to the largest logit: fp32 differs by the order of additions, bf16 by
-# the rounding of every layer.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 MARK = "export.json"  # what was exported and how it was checked; only a directory that has it is ever replaced
 
 
@@ -266,73 +260,7 @@ def _compare_if_it_fits(job: _Job, size: int) -> str:
     needed, room = 1.2 * size * (2 if this_machine().on_cpu else 1) + (1 << 29), free_memory()
     if needed > room:
         return f"logits not compared: that takes {needed / 2**30:.1f} GiB of memory, {room / 2**30:.1f} are free"
-    difference, tolerance = compare(job.iteration, job.partial, job.data_dir)
-    if not difference <= tolerance:
-        raise UserError(f"not exported: its logits differ by {difference:.3g}, more than {tolerance:.3g}")
-    return f"largest difference of a logit from Megatron's {difference:.3g} (at most {tolerance:.3g})"
-
-
-def free_memory() -> int:
-    """Bytes that a model may still take on this machine: of the GPU, or of memory and what limits this process."""
-    import torch
-
-    if not this_machine().on_cpu:
-        return torch.cuda.mem_get_info()[0]
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) << 10
-    return min([free, *left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-
-
-def left_in_groups(mine: Path, root: Path) -> Iterator[int]:
-    """Bytes left in each control group with a limit that this process is in: a container's, a Slurm job's and step's.
-
-    mine: /proc/self/cgroup; root: /sys/fs/cgroup. Both versions of control groups, which name their files otherwise.
-    """
-    with contextlib.suppress(OSError):
-        for line in mine.read_text().splitlines():
-            _, kind, path = line.split(":", 2)
-            if kind and "memory" not in kind.split(","):
-                continue
-            top = root / "memory" if kind else root
-            used, limit = ("usage_in_bytes", "limit_in_bytes") if kind else ("current", "max")
-            group = Path(path.lstrip("/"))
-            for each in (group, *group.parents):
-                with contextlib.suppress(OSError, ValueError):  # not seen from inside a container, or without a limit
-                    names = (top / each / f"memory.{name}" for name in (limit, used))
-                    yield int(next(names).read_text()) - int(next(names).read_text())
-
-
-def sample_tokens(data_dir: Path, vocabulary: int):
-    """Token ids (1, n) int64 with n <= SAMPLE: the first document of the training data, or random ones without it."""
-    import torch
-
-    with contextlib.suppress(UserError, OSError):
-        pack = open_packs(data_dir / "training.npy")[0]
-        return torch.from_numpy(pack["input_ids"][: min(SAMPLE, pack["cu_seqlens"][1])].astype(np.int64))[None]
-    return torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (1, SAMPLE)))
-
-
-def compare(iteration: Path, directory: Path, data_dir: Path) -> tuple[float, float]:
-    """Largest difference between the logits of Megatron's model and of transformers', and how much is tolerable.
-
-    One model after the other is in memory.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with checkpoints.trained_model(iteration) as model, torch.no_grad():
-        weights = next(model.parameters())
-        dtype, device = weights.dtype, weights.device
-        tokens = sample_tokens(data_dir, model.vocab_size).to(device)
-        ours = model(tokens, torch.arange(tokens.shape[1], device=device)[None], None).float()
-        del model, weights
-    gc.collect()
-    if not this_machine().on_cpu:
-        torch.cuda.empty_cache()
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
-    exact_scan(theirs, tokens.shape[1])
-    with torch.no_grad():
-        logits = theirs(tokens).logits.float()
-    width = min(ours.shape[-1], logits.shape[-1])  # Megatron's vocabulary may be padded
-    difference = (ours[..., :width] - logits[..., :width]).abs().max().item()
-    return difference, TOLERANCE[str(dtype).removeprefix("torch.")] * logits.abs().max().item()
+    result = compare(job.iteration, job.partial, job.data_dir)
+    if not result.equal:
+        raise UserError(f"not exported: {result}")
+    return str(result)

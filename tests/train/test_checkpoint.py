@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import weakref
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import losses, recipe
 
 from nemotron_sft.errors import UserError
-from nemotron_sft.train import checkpoints, export
+from nemotron_sft.train import checkpoints, export, logits
 from nemotron_sft.train import weights as translated
 from nemotron_sft.train.checkpoints import newest_iteration
 from nemotron_sft.train.compat.conversion import SAVED_AS
@@ -205,10 +206,11 @@ def test_weights_saved_in_bf16_are_read_as_they_were_saved(convert, bridge, tmp_
 
 
 @pytest.mark.slow
-def test_logits_of_a_wrapped_model_are_compared(trained, tiny_data, bridge, monkeypatch):
+def test_logits_of_a_wrapped_model_are_compared(trained, tiny_data, bridge, monkeypatch, tmp_path):
     """On a GPU Bridge wraps a model that it loads in bf16."""
     import torch
     from megatron.core.transformer.module import Float16Module
+    from safetensors.torch import save_file
 
     load, iteration = checkpoints._load, newest_iteration(trained / "checkpoints")
 
@@ -220,8 +222,20 @@ def test_logits_of_a_wrapped_model_are_compared(trained, tiny_data, bridge, monk
     monkeypatch.setattr(checkpoints, "_load", wrapped)
     with checkpoints.trained_model(iteration) as model:
         assert next(model.parameters()).dtype == torch.bfloat16
-    difference, tolerance = export.compare(iteration, trained / "hf", Path(tiny_data))
-    assert 0 < difference <= tolerance
+    result = logits.compare(iteration, trained / "hf", Path(tiny_data))
+    assert 0 < result.largest <= result.tolerance and result.noise is None
+
+    monkeypatch.setitem(logits.TOLERANCE, "bfloat16", 0)  # as in deep models, which make more of a rounding
+    result = logits.compare(iteration, trained / "hf", Path(tiny_data))
+    assert result.equal and result.noise > 0, str(result)
+    wrong = shutil.copytree(trained / "hf", tmp_path / "wrong")
+    changed = weights(wrong)
+    for key, weight in changed.items():
+        if "q_proj" in key:
+            changed[key] = weight.roll(16, 0)  # heads of 16, one on
+    save_file(changed, wrong / "model.safetensors", metadata={"format": "pt"})
+    result = logits.compare(iteration, wrong, Path(tiny_data))
+    assert not result.equal, str(result)
 
 
 @pytest.mark.slow

@@ -2,14 +2,15 @@
 
 Both address CUDA by name. `use_cpu()` sends those requests to the CPU, supplies stand-ins for the CUDA-only
 packages that Bridge imports unconditionally, and adds what core cannot do without Transformer Engine and mamba-ssm:
-attention over packed (THD) batches, and Mamba layers. On a machine with a GPU nothing here runs.
+attention over packed (THD) batches, and Mamba layers. Kernels that are installed are not seen, so that a container of
+NVIDIA's computes the same without a GPU. On a machine with a GPU nothing here runs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import queue
+import sys
 
 from nemotron_sft.train.compat.attention import accept_packed_attention, vectorise_packed_rope
 from nemotron_sft.train.compat.bridge import skip_helper_build
@@ -19,7 +20,10 @@ from nemotron_sft.train.compat.mamba import decode_batches, documents_reach_mamb
 from nemotron_sft.train.compat.registry import patch
 from nemotron_sft.train.compat.slim import placeholder
 
-CUDA_ONLY = ("transformer_engine", "nvidia_resiliency_ext")
+CUDA_ONLY = ("transformer_engine", "nvidia_resiliency_ext")  # what Bridge imports whether it is there or not
+# What core and Bridge would compute with where it is installed, as in NVIDIA's containers.
+KERNELS = ("apex", "causal_conv1d", "deep_ep", "fla", "flash_attn", "flash_attn_3", "flash_mla", "flashinfer",
+           "mamba_ssm")  # fmt: skip
 _active = None  # the TorchFunctionMode in force, kept so that a second use_cpu() is a no-op
 
 
@@ -30,9 +34,12 @@ def use_cpu() -> None:
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile would need minutes for a model this small
     _active = redirect_cuda()
+    for name in (*CUDA_ONLY, *KERNELS):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # as if it were not installed
     _decide_without_transformer_engine()
     for name in CUDA_ONLY:
-        if importlib.util.find_spec(name) is None:
+        if sys.modules[name] is None:
+            del sys.modules[name]
             placeholder(name)
     skip_helper_build()
     _adapters_without_transformer_engine()
