@@ -12,7 +12,9 @@ and the smaller result kept, so the count is never above that of first-fit decre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -73,12 +75,27 @@ def members(bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def compiled(function: Callable) -> Callable:
     """The function compiled by Numba, from its on-disk cache when there is one."""
-    from numba import njit
+    with _without_scipy():
+        import numba.np.arraymath  # noqa: F401 -- which looks for SciPy
+        from numba import njit
 
     try:
         return njit(cache=True, nogil=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
         return njit(nogil=True)(function)
+
+
+@contextmanager
+def _without_scipy() -> Iterator[None]:
+    """Let Numba not find SciPy, half of whose modules it would import for linear algebra that nothing here needs."""
+    hidden = "scipy" not in sys.modules
+    if hidden:
+        sys.modules["scipy"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["scipy"]
 
 
 def _whole_numbers(lengths: ArrayLike) -> np.ndarray:

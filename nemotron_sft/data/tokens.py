@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import suppress
@@ -29,6 +28,7 @@ import orjson
 from numpy.typing import ArrayLike
 
 from nemotron_sft.data import spaces
+from nemotron_sft.data.probes import probes
 from nemotron_sft.data.spaces import without_prefix
 from nemotron_sft.errors import UserError
 
@@ -75,7 +75,7 @@ class Tokenizer:
 
     def encode_spans(self, sequences: list[list[tuple[str, str]]]) -> tuple[np.ndarray, np.ndarray]:
         """encode_batch for the spans of sequences, by a tokenizer that puts a space before a text."""
-        added = [token.content for token in self._reference.get_added_tokens_decoder().values()]
+        added = [token.content for token in self._names.get_added_tokens_decoder().values()]
         bare = spaces.opened(self.file, self.file.stat().st_mtime_ns)
         return spaces.encode_spans(
             [[(role, _valid(text)) for role, text in spans] for spans in sequences],
@@ -88,11 +88,11 @@ class Tokenizer:
     @cached_property
     def added_ids(self) -> np.ndarray:
         """Ids of the added tokens, special ones among them: int64 (n,)."""
-        return np.array(list(self._reference.get_added_tokens_decoder()), np.int64)
+        return np.array(list(self._names.get_added_tokens_decoder()), np.int64)
 
     def missing(self, tokens: list[str]) -> list[str]:
         """Those of the tokens that are not one token of this tokenizer, as special tokens have to be."""
-        return [token for token in tokens if self._reference.token_to_id(token) is None]
+        return [token for token in tokens if self._names.token_to_id(token) is None]
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -109,7 +109,7 @@ class Tokenizer:
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of token ids, special tokens included."""
-        return self._reference.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+        return self._names.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     @cached_property
     def _fast(self) -> Any:
@@ -120,6 +120,10 @@ class Tokenizer:
     def _reference(self) -> Any:
         _limit_threads(self.threads)
         return _open_reference(self.file)
+
+    @property
+    def _names(self) -> Any:
+        return _open_content(self.file).names
 
     def __getstate__(self) -> dict:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
@@ -142,25 +146,20 @@ def load_tokenizer(
         raise UserError(f"tokenizer.backend={backend}: choose from {', '.join(BACKENDS)}")
     _limit_threads(threads)
     file, commit = _find(str(model), revision)
-    try:
-        content = orjson.loads(file.read_bytes())
-        reference = _open_reference(file)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{file}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
-    vocabulary = reference.get_vocab(with_added_tokens=True)
+    content = _open_content(file)
+    id_of = content.names.token_to_id
     named = _special_tokens(file.parent)
-    if "eos_token" not in named and (usual := [token for token in _USUAL_ENDS if token in vocabulary]):
+    if "eos_token" not in named and (usual := [token for token in _USUAL_ENDS if id_of(token) is not None]):
         named["eos_token"] = usual[0]
     for role in ("eos_token", "pad_token"):
-        if role in named and named[role] not in vocabulary:
+        if role in named and id_of(named[role]) is None:
             raise UserError(f"{file}: {role} {named[role]} is not in the vocabulary")
     if "eos_token" not in named:
         raise UserError(f"{file}: no end-of-text token: name eos_token in tokenizer_config.json beside it")
-    eos = vocabulary[named["eos_token"]]
-    pad = vocabulary[named.get("pad_token", named["eos_token"])]
+    eos, pad = id_of(named["eos_token"]), id_of(named.get("pad_token", named["eos_token"]))
     space = ""
-    if _decode(reference, ["x", "y"]) != "xy":
-        if not (found := without_prefix(content)):
+    if _decode(content.names, ["x", "y"]) != "xy":
+        if not (found := without_prefix(orjson.loads(file.read_bytes()))):
             raise UserError(f"{file}: this tokenizer puts a space before every text, so spans cannot be encoded")
         space = found[1]
     tokenizer = Tokenizer(
@@ -169,11 +168,11 @@ def load_tokenizer(
         revision=commit,
         backend="tokenizers",
         threads=threads,
-        vocab_size=max(vocabulary.values()) + 1,
+        vocab_size=content.vocab_size,
         eos_id=eos,
         pad_id=pad,
         special_tokens=named,
-        digest=_digest(content, eos, pad),
+        digest=hashlib.sha256(b"[%b,%d,%d]" % (content.text, eos, pad)).hexdigest(),
         space=space,
     )
     return tokenizer if backend == "tokenizers" else fastest(tokenizer, insist=backend == "fastokens")
@@ -259,10 +258,40 @@ def _content(token: object) -> object:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _digest(content: dict, eos: int, pad: int) -> str:
-    kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-    text = orjson.dumps([kept, eos, pad], option=orjson.OPT_SORT_KEYS)
-    return hashlib.sha256(text).hexdigest()
+@dataclass(frozen=True)
+class _Content:
+    """What tokenizer.json says of names, ids and decoding. Without its merges it opens in a quarter of the time."""
+
+    names: Any  # a tokenizers.Tokenizer that knows no merges, so it encodes single characters at most
+    text: bytes  # JSON with sorted keys and the merges, without truncation and padding
+    vocab_size: int
+
+
+def _open_content(file: Path) -> _Content:
+    return _opened_content(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _opened_content(file: Path, changed: int) -> _Content:
+    from tokenizers import Tokenizer as Reference
+
+    try:
+        content = orjson.loads(file.read_bytes())
+        kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        text = orjson.dumps(kept, option=orjson.OPT_SORT_KEYS)
+        model = content["model"]
+        if "merges" in model:
+            model["merges"] = []
+        names = _whole(Reference.from_buffer(orjson.dumps(content)))
+        ids = range(len(model["vocab"])) if isinstance(model["vocab"], list) else model["vocab"].values()
+        ids = [*ids, *(token["id"] for token in content["added_tokens"])]
+    except Exception as error:  # tokenizers raises bare Exception
+        raise _no_tokenizer(file, error) from None
+    return _Content(names, text, max(ids) + 1)
+
+
+def _no_tokenizer(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: not a tokenizer: {' '.join(str(error).split())[:200]}")
 
 
 # --- the two encoders --------------------------------------------------------------------------------------
@@ -294,7 +323,10 @@ def preload(model: str) -> None:
 def _opened_reference(file: Path, changed: int) -> Any:
     from tokenizers import Tokenizer as Reference
 
-    return _whole(Reference.from_file(str(file)))
+    try:
+        return _whole(Reference.from_file(str(file)))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise _no_tokenizer(file, error) from None
 
 
 @lru_cache(maxsize=2)
@@ -355,30 +387,3 @@ def _difference(file: Path, reference: Any, pool: Executor | None = None) -> str
         if not np.array_equal(got, ids[offsets[i] : offsets[i + 1]]):
             return f"it encodes {text[:40]!r} differently"
     return "its offsets differ"
-
-
-def probes(added: list[str]) -> list[str]:
-    """Texts that tell encoders apart: hand-picked ones, every added token in context, and seeded mixtures."""
-    picked = [
-        "", " ", "  ", "\n", "\n\n\n", "\t\t x", "a", " a", "a ", "  a  b   c  ", "a\r\nb\rc",
-        "\u00a0x\u2003y\u3000z", "Hello, world! It's what they've said: DON'T, we'll, I'd'VE.",
-        "snake_case camelCase kebab-case HTTPServer2", "x²+y²=z² ∑∫√ ≠≤ αβγ → ⇒",
-        "0 12 123 1234 12345678901234567890 3.14159e-10 1,000,000 0x1F ٣٤٥ ५६७ ½ ² Ⅷ",
-        "def f(x: int) -> dict[str, int]:\n    return {'a': x ** 2}  # fin\n\n\tif x && y:\n\t\tgoto end;\n",
-        '{"k": [1, 2.5, null, true, "\\u00e9\\n"], "nested": {"": []}}',
-        "<b>html</b> &amp; <!-- x --> </think",
-        "数据处理和机器学习。日本語のテキスト、한국어 문장입니다", "ภาษาไทย עברית العربية हिन्दी தமிழ்",
-        "naïve résumé Straße ĳ ﬁ Å \u212b", "e\u0301 n\u0303 \u0300x a\u0308\u0323",
-        "🚀👩\u200d👩\u200d👧🏳\ufe0f\u200d🌈👍🏽🇩🇪 e🎉f", "\u200b\u200d\ufeff\u2028\u2029\x00\x07\x1b\x7f",
-        "\U0001d4d0\U0001f9ff\ufffd\ue000", "a" * 300, "ab " * 200, " " * 120 + "x", "\n" * 50,
-        "!" * 70 + "=" * 70,
-        "https://example.org/a?b=c&d=%20#frag user@example.org C:\\dir\\file.txt ~/x/../y",
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think></think>ok<|im_end|>\n",
-        "<|im_start", "|im_end|>", "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n",
-    ]  # fmt: skip
-    rng = random.Random(0)
-    pieces = [part for text in picked for part in re.findall(r"\s+|\w+|[^\w\s]+", text) if len(part) < 30]
-    mixed = ["".join(rng.choices(pieces, k=rng.randrange(2, 24))) for _ in range(300)]
-    around = [f"{left}{token}{right}" for token in added for left, right in ((" a", "b "), ("\n ", " \n"))]
-    pairs = ["".join(rng.choices(added, k=3)) for _ in range(100)] if added else []
-    return [*picked, *mixed, *added, *around, *pairs]

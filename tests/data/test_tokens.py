@@ -17,7 +17,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as Reference
 
 from nemotron_sft.data.chat import load_template
-from nemotron_sft.data.tokens import load_tokenizer, probes, tokenize
+from nemotron_sft.data.probes import probes
+from nemotron_sft.data.tokens import load_tokenizer, tokenize
 from nemotron_sft.errors import UserError
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
