@@ -319,21 +319,18 @@ def _assemble(
     end = np.cumsum(length)
     end -= np.repeat((end - length)[bounds[:-1] - bounds[0]], counts)  # now counted from each pack's start
 
-    signed = np.full((packs, todo.pack_size), todo.tokenizer.pad_id, "<i4")
-    target = memoryview(signed).cast("B")
-    to = (row * todo.pack_size + end - length) * 4
+    records = packed.empty_packs(packs, dtype)
+    target = memoryview(records.view(np.uint8))
+    to = row * dtype.itemsize + (end - length) * 4  # input_ids is a pack's first field
     spool, start = sequences.spool[chosen], sequences.start[chosen]
     reading = np.lexsort((start, spool))  # in file order: disks and shared file systems like that
     columns = (column[reading].tolist() for column in (spool, start, to, to + length * 4))
     for number, begin, first, last in zip(*columns, strict=True):
         spools[number].read_into(target[first:last], begin)
+    packed.separate(records, end[bounds[1:] - bounds[0] - 1], todo.tokenizer.pad_id)
 
-    records = packed.empty_packs(packs, dtype)
-    records["source"][row, slot] = np.array([unit.dataset for unit in todo.units])[sequences.spool[chosen]]
+    records["source"][row, slot] = np.array([unit.dataset for unit in todo.units])[spool]
     records["weight"][row, slot] = sequences.weight[chosen]
-    sign = signed >> 31  # -1 where the token is trained, so that its id is inverted
-    np.negative(sign, out=records["loss_mask"], casting="unsafe")
-    np.bitwise_xor(signed, sign, out=records["input_ids"])
     boundaries = np.zeros((packs, dtype["cu_seqlens"].shape[0]), np.int32)
     boundaries[row, slot + 1] = end
     records["cu_seqlens"] = np.maximum.accumulate(boundaries, axis=1)

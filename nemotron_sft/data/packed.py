@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 import orjson
 
+from nemotron_sft.data.packing import compiled
 from nemotron_sft.errors import UserError, first_line
 from nemotron_sft.files import AtomicFile, write_json
 
@@ -55,6 +56,16 @@ def empty_packs(packs: int, dtype: np.dtype) -> np.ndarray:
     if "weight" in (dtype.names or ()):
         records["weight"] = 1
     return records
+
+
+def separate(records: np.ndarray, used: np.ndarray, pad_id: int) -> None:
+    """Make ids and masks of signed tokens, in place.
+
+    records: (packs,) of `pack_dtype`, whose input_ids hold, as spools do, the id of a context token and ~id of a
+    trained one; used: (packs,) int64, the tokens of each pack. What follows them becomes pad_id.
+    """
+    rows = records.view(np.uint8).reshape(len(records), -1)
+    compiled(_separate)(rows, used, records["input_ids"].shape[1], pad_id)
 
 
 class PackWriter:
@@ -223,10 +234,7 @@ def sequences_of(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     used = np.diff(cu) > 0
     starts = (cu[:, :-1] + np.arange(len(cu))[:, None] * records["loss_mask"].shape[1])[used]
     lengths = np.diff(cu)[used]
-    mask = records["loss_mask"].reshape(-1)
-    bounds = np.stack([starts, starts + lengths], axis=1).reshape(-1)  # of sequences, and of what is between them
-    # In int32, which is twice as fast as int64, as no sequence has so many tokens.
-    trained = np.add.reduceat(mask, bounds[bounds < mask.size], dtype=np.int32)[::2].astype(np.int64)
+    trained = compiled(_sums)(np.ascontiguousarray(records["loss_mask"]).reshape(-1), starts, lengths)
     if "source" not in (records.dtype.names or ()):
         return np.zeros(len(starts), np.uint16), np.ones(len(starts), np.float32), lengths, trained
     return records["source"][used], records["weight"][used], lengths, trained
@@ -341,3 +349,29 @@ def find_data(path: str, output_dir: str | Path) -> Path:
     if not committed:
         raise UserError(f"no prepared data under {root}: run python recipes/prep.py first, or give data=PATH")
     return committed[-1].parent
+
+
+# --- compiled by Numba -------------------------------------------------------------------------------------
+
+
+def _separate(rows: np.ndarray, used: np.ndarray, pack_size: int, pad_id: int) -> None:
+    """`separate`, of packs as bytes, (packs, bytes of one): ids and mask are their first two fields."""
+    for pack in range(len(rows)):
+        ids = rows[pack, : 4 * pack_size].view(np.int32)
+        mask = rows[pack, 4 * pack_size : 5 * pack_size]
+        for place in range(used[pack]):
+            sign = ids[place] >> 31  # -1 where the token is trained, so that its id is inverted
+            mask[place] = sign & 1
+            ids[place] ^= sign
+        ids[used[pack] :] = pad_id
+
+
+def _sums(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sums (n,) int64 of values[start : start + length]."""
+    sums = np.empty(len(starts), np.int64)
+    for part in range(len(starts)):
+        total = 0
+        for value in values[starts[part] : starts[part] + lengths[part]]:
+            total += value
+        sums[part] = total
+    return sums
