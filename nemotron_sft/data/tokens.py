@@ -284,7 +284,7 @@ def _opened_content(file: Path, changed: int) -> _Content:
             model["merges"] = []
         names = _whole(Reference.from_buffer(orjson.dumps(content)))
         ids = range(len(model["vocab"])) if isinstance(model["vocab"], list) else model["vocab"].values()
-        ids = [*ids, *(token["id"] for token in content["added_tokens"])]
+        ids = [*ids, *names.get_added_tokens_decoder()]  # the file may lack them, or give them other numbers
     except Exception as error:  # tokenizers raises bare Exception
         raise _no_tokenizer(file, error) from None
     return _Content(names, text, max(ids) + 1)

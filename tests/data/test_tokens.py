@@ -164,6 +164,24 @@ def test_digest_is_that_of_the_contents(tmp_path, folder):
     assert load_tokenizer(str(tmp_path)).digest != first.digest
 
 
+@pytest.mark.parametrize("change", ["as saved", "without added tokens", "a far added token"])
+def test_names_and_ids_are_the_librarys(change, tmp_path):
+    """Also where the file leaves out its added tokens, or numbers them otherwise than the library does."""
+    content = json.loads(byte_level().to_str())
+    if change == "without added tokens":
+        del content["added_tokens"]
+    elif change == "a far added token":
+        content["added_tokens"].append(content["added_tokens"][0] | {"id": 99_999, "content": "<|far|>"})
+    path = save(tmp_path, byte_level(), eos_token="<|im_end|>") / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    reference, tokenizer = Reference.from_file(str(path)), load_tokenizer(str(tmp_path), backend="tokenizers")
+    vocabulary = reference.get_vocab(with_added_tokens=True)
+    assert tokenizer.vocab_size == max(vocabulary.values()) + 1 and tokenizer.eos_id == vocabulary["<|im_end|>"]
+    assert tokenizer.added_ids.tolist() == list(reference.get_added_tokens_decoder())
+    ids = list(range(tokenizer.vocab_size))
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+
+
 def test_pickles_to_workers(folder):
     tokenizer = load_tokenizer(str(folder))
     expected = tokenizer.encode_batch(["Hello 数"])[0].tolist()
