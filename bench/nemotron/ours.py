@@ -75,6 +75,6 @@ def without_weights(args: Namespace) -> str:
     setup.checkpoint_exists = lambda path: True
     setup._load_checkpoint_from_path = lambda *given, **named: (0, 0)
     directory = args.out / "no-weights"
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "run_config.yaml").write_text("model: {}\n")
     return str(directory)

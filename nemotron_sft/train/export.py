@@ -262,5 +262,5 @@ def _compare_if_it_fits(job: _Job, size: int) -> str:
         return f"logits not compared: that takes {needed / 2**30:.1f} GiB of memory, {room / 2**30:.1f} are free"
     result = compare(job.iteration, job.partial, job.data_dir)
     if not result.equal:
-        raise UserError(f"not exported: {result}")
+        raise UserError(f"not exported: its logits differ: {result}")
     return str(result)

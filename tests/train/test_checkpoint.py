@@ -290,7 +290,7 @@ original_to_hf = Skeleton.to_hf
     ("translate", "look_back", "message"),
     [
         (spoiled, True, r"read back, decoder.layers.0.mlp.linear_fc2.weight differs from the checkpoint's"),
-        (spoiled, False, "its logits differ by"),
+        (spoiled, False, "its logits differ: largest difference of a logit"),
         (incomplete, True, r"decoder.layers.1.mlp.linear_fc1.weight became no weight model.layers.1.mlp.up_proj"),
         (incomplete, False, r"transformers reports missing keys: model.layers.1.mlp.up_proj.weight"),
     ],
