@@ -121,7 +121,7 @@ class Tokenizer:
         _limit_threads(self.threads)
         return _open_reference(self.file)
 
-    @property
+    @cached_property
     def _names(self) -> Any:
         return _open_content(self.file).names
 
