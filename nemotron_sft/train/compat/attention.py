@@ -79,7 +79,10 @@ def attend_across(query, key, value, cu_seqlens, scale: float, group):
     until="core's local attention takes packed rows, also in shares for context parallelism",
 )
 def accept_packed_attention() -> None:
-    """Let core's local attention, which refuses packed sequences and context parallelism, hand them to `attend`."""
+    """Let core's local attention, which refuses packed sequences and context parallelism, hand them to `attend`.
+
+    What answers need of it goes to `attend_rows` and `attend_next`.
+    """
     import megatron.core.utils
     from megatron.core.parallel_state import get_context_parallel_group
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -98,6 +101,12 @@ def accept_packed_attention() -> None:
             config.context_parallel_size = ranks
 
     def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
+        if packed_seq_params is None and attention_mask is not None and len(query) == 1:
+            return attend_next(query, key, value, attention_mask, self.softmax_scale)
+        more = self.training or self.config.window_size or self.config.apply_query_key_layer_scaling
+        more = more or self.softmax_offset is not None
+        if packed_seq_params is None and attention_mask is None and len(query) == len(key) and not more:
+            return attend_rows(query, key, value, self.softmax_scale)
         if packed_seq_params is None:
             return dense(self, query, key, value, attention_mask, **kwargs)
         if self.config.context_parallel_size > 1:
@@ -151,3 +160,111 @@ def vectorise_packed_rope() -> None:
         ).squeeze(1)
 
     rope_utils._apply_rotary_pos_emb_thd = rotate
+
+
+def attend_rows(query, key, value, scale: float):
+    """Causal attention inside rows of one length, for which core writes out all scores.
+
+    query: (t, n, heads, d); key: (t, n, groups, d); value: (t, n, groups, e). Returns (t, n, heads * e).
+    """
+    import torch
+
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    context = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def attend_next(query, key, value, hidden, scale: float):
+    """Attention of one token of every row to the row's own tokens.
+
+    query: (1, n, heads, d); key: (t, n, groups, d); value: (t, n, groups, e); hidden: (n, 1, 1, t) bool, true for what
+    is no token of the row. Returns (1, n, heads * e). The heads that share a key are to it what tokens are to a head,
+    so that nothing is repeated.
+    """
+    import torch
+
+    query = query[0].unflatten(1, (key.shape[2], -1))  # (n, groups, heads / groups, d)
+    key, value = (each.permute(1, 2, 0, 3) for each in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=~hidden, scale=scale)
+    return out.flatten(1)[None]
+
+
+@patch(
+    {
+        "megatron.core.extensions.transformer_engine:TEDotProductAttention.forward": (
+            "(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, num_splits) "
+            "| missing"  # missing: without a GPU
+        ),
+    },
+    seen="megatron-core 0.19.2",
+    until="core passes on the mask of a static batch that decodes, and Transformer Engine takes one without copies",
+)
+def accept_hidden_tokens() -> None:
+    """Let each row of a static batch attend to its own tokens while answers are generated.
+
+    Core turns masks off there, as if all prompts were of one length. And Transformer Engine 2.20 takes what begins
+    where its memory begins for contiguous, whatever its strides are: the queries of a model with a key for every head
+    and without rotary embeddings, the cache of some of the rows.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    whole = TEDotProductAttention.forward
+
+    def forward(self, query, key, value, attention_mask, *args, **kwargs):
+        if attention_mask is not None and len(query) == 1:
+            return attend_next(query, key, value, attention_mask, self.softmax_scale)
+        if not self.training and query.untyped_storage().data_ptr() != key.untyped_storage().data_ptr():
+            query, key, value = (each.contiguous() for each in (query, key, value))
+        return whole(self, query, key, value, attention_mask, *args, **kwargs)
+
+    TEDotProductAttention.forward = forward
+
+
+@patch(
+    {
+        "megatron.core.transformer.attention:Attention._adjust_key_value_for_inference": (
+            "(self, inference_context, query, key, value, rotary_pos_emb, rotary_pos_cos, rotary_pos_sin, "
+            "rotary_pos_cos_sin, sequence_len_offset, *, inference_params)"
+        ),
+        "megatron.core.transformer.attention:Attention._allocate_memory": (
+            "(self, inference_max_sequence_length, batch_size, dim, dtype)"
+        ),
+        "megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb": (
+            "(t, freqs, config, cu_seqlens, mscale, cp_group, mla_rotary_interleaved)"
+        ),
+    },
+    seen="megatron-core 0.19.2",
+    until="core keeps rotated keys in a static batch, and lets its rows stand at different positions",
+)
+def keep_rotated_keys() -> None:
+    """Rotate a key once, where its row stands, before it is cached.
+
+    Core caches keys as they come and rotates all of them for every new token, by their place in the cache. The
+    context's `positions` are those of the tokens given: (t,) of a prompt's, (rows,) of one token of each row. Of the
+    gaps between rows' tokens nothing may come through: 0 times NaN, which core's empty memory may hold, is NaN.
+    """
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+    from megatron.core.transformer.attention import Attention
+
+    whole, allocate = Attention._adjust_key_value_for_inference, Attention._allocate_memory
+
+    def rotate(self, each, angles, decoding):
+        # A fused kernel has one position for all rows: rows take the place of tokens.
+        each = each.transpose(0, 1) if decoding else each
+        mscale, group = self._yarn_concentration_factor, self.pg_collection.cp
+        each = apply_rotary_pos_emb(each, angles, config=self.config, mscale=mscale, cp_group=group)
+        return each.transpose(0, 1) if decoding else each
+
+    def adjust(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
+        positions = getattr(inference_context, "positions", None)
+        if rotary_pos_emb is not None and positions is not None:
+            decoding = inference_context.is_decode_only()
+            angles = [each[positions] for each in rotary_pos_emb]
+            query, key = (rotate(self, *pair, decoding) for pair in zip((query, key), angles, strict=True))
+            rotary_pos_emb = None
+        return whole(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
+
+    Attention._adjust_key_value_for_inference = adjust
+    Attention._allocate_memory = lambda self, *args: allocate(self, *args).zero_()

@@ -12,11 +12,21 @@ import os
 import queue
 import sys
 
-from nemotron_sft.train.compat.attention import accept_packed_attention, vectorise_packed_rope
+from nemotron_sft.train.compat.attention import (
+    accept_packed_attention,
+    keep_rotated_keys,
+    vectorise_packed_rope,
+)
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.cuda import redirect_cuda
-from nemotron_sft.train.compat.mamba import decode_batches, documents_reach_mamba, use_mamba, use_mamba_states
+from nemotron_sft.train.compat.mamba import (
+    decode_batches,
+    documents_reach_mamba,
+    read_to_each_end,
+    use_mamba,
+    use_mamba_states,
+)
 from nemotron_sft.train.compat.registry import patch
 from nemotron_sft.train.compat.slim import placeholder
 
@@ -49,6 +59,8 @@ def use_cpu() -> None:
     use_mamba_states()
     documents_reach_mamba()
     decode_batches()
+    read_to_each_end()
+    keep_rotated_keys()
     load_all_or_nothing()
     _split_sizes_as_numbers()
     _results_of_saves_stay_here()

@@ -152,9 +152,9 @@ def _cuda_to_cpu() -> Any:
 
     class CudaToCpu(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            kwargs = dict(kwargs or {})
-            if is_cuda(kwargs.get("device")):
-                kwargs["device"] = cpu
+            kwargs = kwargs or {}
+            if "device" in kwargs and is_cuda(kwargs["device"]):
+                kwargs = {**kwargs, "device": cpu}
             name = getattr(func, "__name__", "")
             if name in ("cuda", "pin_memory") and args and isinstance(args[0], torch.Tensor):
                 return args[0]

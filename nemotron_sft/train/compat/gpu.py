@@ -11,10 +11,11 @@ import sys
 from types import ModuleType
 
 from nemotron_sft.train.compat.adapters import add_adapters_inside_their_products
+from nemotron_sft.train.compat.attention import accept_hidden_tokens, keep_rotated_keys
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.experts import use_grouped_products
-from nemotron_sft.train.compat.mamba import decode_batches, documents_reach_mamba
+from nemotron_sft.train.compat.mamba import decode_batches, documents_reach_mamba, read_to_each_end
 from nemotron_sft.train.compat.registry import patch
 
 
@@ -28,6 +29,9 @@ def use_gpu() -> None:
     agree_on_signals_on_the_host()
     documents_reach_mamba()
     decode_batches()
+    read_to_each_end()
+    keep_rotated_keys()
+    accept_hidden_tokens()
     load_all_or_nothing()
     reuse_logits_for_their_gradient()
     use_grouped_products()

@@ -243,6 +243,58 @@ def decode_batches() -> None:
 
 @patch(
     {
+        "megatron.core.ssm.mamba_mixer:MambaMixer._get_states_from_cache": (
+            "(self, inference_context, batch_size, *, inference_params)"
+        ),
+        "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_prefill": (
+            "(self, zxBCdt, conv_state, ssm_state, seq_idx, cu_seqlens, batch_indices, intermediate_chunk_indices, "
+            "intermediate_abs_positions, intermediate_real_count, intermediate_ssm_out, intermediate_conv_out, "
+            "cu_chunk_seqlens, last_chunk_indices, seq_idx_for_varlen, cu_seqlens_list, real_token_count, "
+            "conv_seq_idx, conv_seq_start)"
+        ),
+    },
+    seen="megatron-core 0.19.2",
+    until="core reads the prompts of a static batch up to the end of each",
+)
+def read_to_each_end() -> None:
+    """Leave, of prompts read at once, the states behind the last token of each, in their rows of the batch.
+
+    The context's `lengths`, (rows,), say where they end. What pads them there goes through with a step of 0, which
+    leaves the state as it is, and the convolution's state is cut out before it. Core has one length for all rows, and
+    no rows but all of them.
+    """
+    import torch
+    from megatron.core.ssm.mamba_mixer import MambaMixer
+
+    states, whole = MambaMixer._get_states_from_cache, MambaMixer._ssm_prefill
+
+    def get_states(self, inference_context, batch_size, **kwargs):
+        self.lengths = getattr(inference_context, "lengths", None)
+        if self.lengths is None:
+            return states(self, inference_context, batch_size, **kwargs)
+        if self.layer_number not in inference_context.key_value_memory_dict:
+            states(self, inference_context, inference_context.max_batch_size)
+        start = inference_context.batch_size_offset
+        return [each[start : start + batch_size] for each in inference_context.key_value_memory_dict[self.layer_number]]
+
+    def prefill(self, zxBCdt, conv_state, ssm_state, *args, **kwargs):  # zxBCdt: (t, rows, channels)
+        lengths = self.lengths if conv_state is not None else None
+        if lengths is None:
+            return whole(self, zxBCdt, conv_state, ssm_state, *args, **kwargs)
+        *inputs, dt = zxBCdt.split([self.d_inner_local_tp, len(self.conv1d_weight), self.nheads_local_tp], -1)
+        padding = torch.arange(len(dt), device=dt.device)[:, None] >= lengths
+        dt = dt.masked_fill(padding[..., None], -1e4)  # softplus makes 0 of it
+        y = whole(self, torch.cat([*inputs, dt], -1), conv_state, ssm_state, *args, **kwargs)
+        window = torch.arange(-self.d_conv, 0, device=dt.device)[:, None] + lengths  # (width, rows)
+        last = inputs[1].take_along_dim(window.clamp(min=0)[..., None], 0).masked_fill((window < 0)[..., None], 0)
+        conv_state.copy_(last.permute(1, 2, 0))
+        return y
+
+    MambaMixer._get_states_from_cache, MambaMixer._ssm_prefill = get_states, prefill
+
+
+@patch(
+    {
         "megatron.core.ssm.mamba_mixer:mamba_chunk_scan_combined": "NoneType",
         "megatron.core.ssm.mamba_mixer:causal_conv1d_fn": "NoneType",
         "megatron.core.ssm.mamba_mixer:causal_conv1d_update": (
