@@ -23,7 +23,8 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.files import write_json
 from nemotron_sft.train import adapter_files, checkpoints, handover, hf, peft
 from nemotron_sft.train.checkpoints import is_hf, newest_iteration
-from nemotron_sft.train.logits import compare, free_memory
+from nemotron_sft.train.logits import compare
+from nemotron_sft.train.memory import free_memory
 from nemotron_sft.train.start import log_to_file, start_bridge, this_machine
 from nemotron_sft.train.weights import EMBEDDING, HEAD, AdaptedReader, CheckpointReader, HuggingFaceReader, Skeleton
 

@@ -48,19 +48,28 @@ def chain(tmp_path_factory):
     return root
 
 
-def offline_run(directory):
-    """What W&B's own reader finds in the one offline run of a directory: the run, its config, and its artifacts."""
+def records_of(file):
+    """What W&B's own reader finds in a file of an offline run: records and their kinds."""
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
-    (file,) = Path(directory).glob("wandb/offline-run-*/run-*.wandb")
     store, records = DataStore(), []
     store.open_for_scan(str(file))
     while (data := store.scan_data()) is not None:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         records.append(record)
-    kinds = [record.WhichOneof("record_type") for record in records]
+    return records, [record.WhichOneof("record_type") for record in records]
+
+
+def offline_run(directory):
+    """The one offline run of a directory: the run, its config, its artifacts, and how many rows its history has."""
+    (file,) = Path(directory).glob("wandb/offline-run-*/run-*.wandb")
+    last = time.monotonic() + 60
+    records, kinds = records_of(file)
+    while "exit" not in kinds and time.monotonic() < last:  # W&B's own process writes on after the run has ended
+        time.sleep(0.1)
+        records, kinds = records_of(file)
     run = next(record.run for record, kind in zip(records, kinds, strict=True) if kind == "run")
     config = {u.key: json.loads(u.value_json) for u in run.config.update}
     for record, kind in zip(records, kinds, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 
 from nemotron_sft.errors import UserError
-from nemotron_sft.train import export, logits
+from nemotron_sft.train import export, memory
 
 
 def test_a_model_that_is_gone_is_named(tmp_path, monkeypatch):
@@ -30,11 +30,11 @@ def test_memory_left_in_control_groups_of_both_versions(tmp_path):
         for name, value in files.items():
             (root / path / f"memory.{name}").write_text(f"{value}\n")
 
-    assert not list(logits.left_in_groups(mine, root))
+    assert not list(memory.left_in_groups(mine, root))
     group("system.slice/job_1/step_0", max="max", current=5)
     group("system.slice/job_1", max=1000, current=400)
     group("memory/slurm/job_1", limit_in_bytes=900, usage_in_bytes=100)
-    assert sorted(logits.left_in_groups(mine, root)) == [600, 800]
+    assert sorted(memory.left_in_groups(mine, root)) == [600, 800]
     group("", max=700, current=300)  # of a container
-    assert sorted(logits.left_in_groups(mine, root)) == [400, 600, 800]
-    assert not list(logits.left_in_groups(tmp_path / "none", root))
+    assert sorted(memory.left_in_groups(mine, root)) == [400, 600, 800]
+    assert not list(memory.left_in_groups(tmp_path / "none", root))
