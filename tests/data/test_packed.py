@@ -270,6 +270,9 @@ def test_parquet_has_bridges_schema_and_reads_back(tmp_path):
         mask[cu[:-1]] = 0  # Bridge's schema has no place for it
         assert ids.tolist() == same_ids.tolist() and cu.tolist() == same_cu.tolist()
         assert mask.tolist() == same_mask.tolist()
+    for row in pq.read_table(path).to_pylist():
+        ends = [*row["seq_start_id"][1:], len(row["input_ids"])]
+        assert not any(row["loss_mask"][end - 1] for end in ends)  # what follows is of another sequence
     for name in ("a.npy", "training.idx.parquet"):
         with pytest.raises(UserError, match=f"no pack {len(records)} in"):
             packed.read_pack(tmp_path / name, len(records))

@@ -46,6 +46,18 @@ def test_trained_positions_ascend_and_cover_every_loss(lengths_per_pack):
     assert len(positions) % 128 == 0 or len(positions) == len(mask)
 
 
+@given(packs_of_documents, st.integers(2, 4))
+@settings(max_examples=50)
+def test_every_rank_keeps_the_trained_positions_of_its_own_pieces(lengths_per_pack, context):
+    batch = collate(make_packs(lengths_per_pack * 16), context)  # so long that not all positions are kept
+    mask, places = batch["loss_mask"][0].numpy(), batch["cu_seqlens_q_padded"][0].numpy()
+    ends = np.cumsum(batch["counts"]["kept"])
+    for rank, kept in enumerate(np.split(batch["trained_positions"].numpy(), ends[:-1])):
+        pieces = [np.split(mask[a:b], 2 * context) for a, b in itertools.pairwise(places)]
+        own = np.concatenate([half for each in pieces for half in (each[rank], each[-1 - rank])])
+        assert own[kept].sum() == own.sum()
+
+
 def test_a_row_of_padding_only_still_has_a_sequence():
     records = make_packs([[10], [20]])
     for name in ("loss_mask", "cu_seqlens"):
