@@ -166,7 +166,7 @@ def _forward(model, tokens, positions, context, gap=None):
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
     tokens, context.positions = tokens.to(_device()), positions.to(_device())
-    positions = context.positions[:, None] if context.is_decode_only() else context.positions
+    places = (context.positions[:, None] if context.is_decode_only() else context.positions).expand(tokens.shape)
     hidden = None if gap is None else gap[..., : context.sequence_len_offset + tokens.shape[1]]
     out = None
     for number, chunk in enumerate(model):
@@ -176,7 +176,6 @@ def _forward(model, tokens, positions, context, gap=None):
             states = torch.empty(shape, dtype=config.pipeline_dtype or config.params_dtype, device=_device())
             torch.distributed.recv(states, ranks[stage - 1], group=group)
             unwrap_model(chunk).set_input_tensor(states)
-        places = positions.expand(tokens.shape)
         out = chunk(tokens, places, hidden, inference_context=context, runtime_gather_output=True)
         if stages > 1 and (number, stage) != (len(model) - 1, stages - 1):
             torch.distributed.send(out.contiguous(), ranks[(stage + 1) % stages], group=group)

@@ -101,18 +101,17 @@ def accept_packed_attention() -> None:
             config.context_parallel_size = ranks
 
     def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-        if packed_seq_params is None and attention_mask is not None and len(query) == 1:
-            return attend_next(query, key, value, attention_mask, self.softmax_scale)
-        more = self.training or self.config.window_size or self.config.apply_query_key_layer_scaling
-        more = more or self.softmax_offset is not None
-        if packed_seq_params is None and attention_mask is None and len(query) == len(key) and not more:
-            return attend_rows(query, key, value, self.softmax_scale)
-        if packed_seq_params is None:
-            return dense(self, query, key, value, attention_mask, **kwargs)
-        if self.config.context_parallel_size > 1:
+        if packed_seq_params is not None and self.config.context_parallel_size > 1:
             places = packed_seq_params.cu_seqlens_q_padded
             return attend_across(query, key, value, places, self.softmax_scale, get_context_parallel_group())
-        return attend(query, key, value, packed_seq_params.cu_seqlens_q, self.softmax_scale)
+        if packed_seq_params is not None:
+            return attend(query, key, value, packed_seq_params.cu_seqlens_q, self.softmax_scale)
+        if attention_mask is not None and len(query) == 1:
+            return attend_next(query, key, value, attention_mask, self.softmax_scale)
+        more = self.training or self.config.window_size or self.config.apply_query_key_layer_scaling
+        if more or self.softmax_offset is not None or attention_mask is not None or len(query) != len(key):
+            return dense(self, query, key, value, attention_mask, **kwargs)
+        return attend_rows(query, key, value, self.softmax_scale)
 
     DotProductAttention.__init__, DotProductAttention.forward = init, forward
 
