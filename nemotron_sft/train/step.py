@@ -17,7 +17,7 @@ class ForwardStep:
     one's. The loader counts on the host, where it is free; Bridge counts squared lengths on the GPU, and would wait for
     the sum in every step.
 
-    The last layer's MLP and the logits are computed for the tokens that have a loss and no others
+    The last layer's MLP or experts and the logits are computed for the tokens that have a loss and no others
     (`skip_untrained`): with a large vocabulary they cost as much as several layers, and much memory. skipped_flops
     adds up what this rank left out, forward and backward. losses: by dataset, see `WatchedLosses`.
     """
@@ -119,8 +119,8 @@ class ForwardStep:
         heads = 1 + (config.mtp_num_layers or 0)
         head = 6 * config.hidden_size * language_model.vocab_size / config.tensor_model_parallel_size
         self._flops_per_token = heads * head
-        if type(language_model) is GPTModel and language_model.decoder.layers:  # a stage may have the head alone
-            self._shorten_last_mlp(language_model.decoder.layers[-1])
+        if language_model.decoder.layers:  # a stage may have the head alone
+            self._shorten_last_layer(language_model.decoder.layers[-1])
         return True
 
     def _mask_on_this_rank(self, context_group):
@@ -162,20 +162,31 @@ class ForwardStep:
 
         language_model.compute_language_model_loss = losses_of
 
-    def _shorten_last_mlp(self, layer) -> None:
-        """Give the last layer's MLP the kept tokens only: no later attention looks at the others.
+    def _shorten_last_layer(self, layer) -> None:
+        """Give the last layer's MLP, or its experts, the kept tokens only: no later attention looks at the others.
 
-        Not experts, whose balance counts every token, and not where the layer is run again in the backward pass,
-        by when the positions are those of another row.
+        Not where the layer is run again in the backward pass, by when the positions are those of another row.
         """
+        from megatron.core.ssm.mlp_layer import MLPLayer
         from megatron.core.transformer.mlp import MLP
-        from megatron.core.transformer.transformer_layer import TransformerLayer
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+        from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
         config = layer.config
         run_again = config.recompute_granularity == "full" or getattr(config, "cuda_graph_impl", "none") != "none"
         divided = config.sequence_parallel or config.mtp_num_layers
-        if type(layer) is not TransformerLayer or not isinstance(layer.mlp, MLP) or run_again or divided:
+        if type(layer) not in (TransformerLayer, MLPLayer, MoETransformerLayer) or run_again or divided:
             return
+        if isinstance(layer.mlp, MLP):
+            self._shorten_mlp(layer)
+            self._flops_per_token += 6 * _matrices(layer.mlp)
+        elif isinstance(layer.mlp, MoELayer) and _experts_take_any_tokens(config):
+            self._shorten_experts(layer)
+            experts = _matrices(layer.mlp.experts)
+            active = experts * config.moe_router_topk // layer.mlp.num_local_experts
+            self._flops_per_token += 6 * (_matrices(layer.mlp) - _matrices(layer.mlp.router) - experts + active)
+
+    def _shorten_mlp(self, layer) -> None:
         whole = layer._forward_mlp
 
         def forward_mlp(hidden_states, *args, **kwargs):
@@ -184,5 +195,45 @@ class ForwardStep:
             return whole(hidden_states, *args, **kwargs)
 
         layer._forward_mlp = forward_mlp
-        matrices = sum(parameter.numel() for parameter in layer.mlp.parameters() if parameter.dim() == 2)
-        self._flops_per_token += 6 * matrices
+
+    def _shorten_experts(self, layer) -> None:
+        """All tokens are routed, since the experts' balance counts every one; the kept ones go to their experts."""
+        experts = layer.mlp
+        whole, add = experts.forward, layer._forward_post_mlp
+
+        def forward(hidden_states, *args, padding_mask=None, **kwargs):
+            if self._kept is None:
+                return whole(hidden_states, *args, padding_mask=padding_mask, **kwargs)
+            mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+            routed = [each.index_select(0, self._kept) for each in experts.route(hidden_states, mask)]
+            experts.route = lambda *given: routed
+            try:
+                return whole(hidden_states.index_select(0, self._kept), *args, **kwargs)
+            finally:
+                del experts.route
+
+        def add_to_residual(output, residual):
+            if len(residual) != len(output[0]):
+                residual = residual.index_select(0, self._kept)
+            return add(output, residual)
+
+        experts.forward, layer._forward_post_mlp = forward, add_to_residual
+
+
+def _experts_take_any_tokens(config) -> bool:
+    """Whether experts may get some of a row's tokens and still do with each what they would do with all.
+
+    Not where they drop tokens beyond a share of the row, where ranks exchange equally long rows, where fp8 wants
+    lengths of its own, or where tokens are routed again in the backward pass.
+    """
+    return (
+        config.moe_token_dispatcher_type == "alltoall"
+        and config.moe_expert_capacity_factor is None
+        and not config.fp8
+        and not (config.recompute_granularity == "selective" and "moe" in config.recompute_modules)
+    )
+
+
+def _matrices(module) -> int:
+    """Numbers in a module's matrices."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)

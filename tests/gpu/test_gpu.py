@@ -164,8 +164,6 @@ def test_packed_loss_is_the_loss_of_the_documents_alone(model):
 
 
 def test_what_trained_tokens_alone_need_gives_the_same_loss_and_gradients(model):
-    if model.hybrid:
-        pytest.skip("core has no output processor for hybrid models")
     from nemotron_sft.train.step import ForwardStep
 
     records = make_packs(LENGTHS)

@@ -74,6 +74,50 @@ def test_heads_that_predict_further_learn_no_label_that_is_not_trained(bridge):
     assert torch.allclose(plain, other, atol=1e-6) and torch.allclose(plain, kept, atol=1e-5)
 
 
+@pytest.mark.parametrize("last", ["E", "-"])
+def test_the_last_layer_works_for_trained_tokens_alone_and_routes_all(last, bridge):
+    import torch
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+    from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
+
+    batch = collate(make_packs([[10, 20, 30], [33, 31]]))
+    packed = get_packed_seq_params({key: value for key, value in batch.items() if "seqlen" in key})
+    kept = torch.nonzero(batch["loss_mask"][0])[:, 0]
+    provider = HybridModelProvider(
+        hybrid_layer_pattern=f"M*E{last}", hidden_size=32, ffn_hidden_size=48, num_attention_heads=2,
+        num_query_groups=2, kv_channels=16, mamba_num_heads=2, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=16,
+        num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=40,
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_aux_loss_coeff=0.1,
+        moe_token_dispatcher_type="alltoall", vocab_size=256, seq_length=64, calculate_per_token_loss=True,
+    )  # fmt: skip
+    adapt_model(provider)
+    results = []
+    with alone():
+        provider.finalize()
+        (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+        step, rows, layer = ForwardStep(), [], model.decoder.layers[-1]
+        step._hook(model)
+        (layer.mlp.experts if last == "E" else layer.mlp).register_forward_hook(
+            lambda module, given, output: rows.append(len(given[0]))
+        )
+        for positions in (None, kept):
+            step._positions = positions
+            model.zero_grad()
+            losses = model(
+                batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed
+            )
+            (losses * batch["loss_mask"]).sum().backward()
+            counts = [
+                module.local_tokens_per_expert.clone() for module in model.modules() if hasattr(module, "expert_bias")
+            ]
+            results.append([losses * batch["loss_mask"], *(p.grad.clone() for p in model.parameters())])
+            assert sum(map(torch.sum, counts)) == 128 * 2 * (2 if last == "E" else 1) * len(results)
+    assert rows == ([128 * 2, len(kept) * 2] if last == "E" else [128, len(kept)])
+    assert len(kept) < 100 and all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*results, strict=True))
+    one = 32 * 24 * 2 * 2 + 32 * 40 * 2 if last == "E" else 32 * 48 * 2
+    assert step._flops_per_token == 6 * (32 * 256 + one)
+
+
 def test_answering_leaves_every_switch_of_sequence_parallelism_as_it_was(bridge):
     import torch
 
