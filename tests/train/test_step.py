@@ -85,7 +85,8 @@ def test_the_last_layer_works_for_trained_tokens_alone_and_routes_all(last, brid
     kept = torch.nonzero(batch["loss_mask"][0])[:, 0]
     provider = HybridModelProvider(
         hybrid_layer_pattern=f"M*E{last}", hidden_size=32, ffn_hidden_size=48, num_attention_heads=2,
-        num_query_groups=2, kv_channels=16, mamba_num_heads=2, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=16,
+        num_query_groups=2, kv_channels=16, mamba_num_heads=2, mamba_head_dim=16, mamba_num_groups=2,
+        mamba_state_dim=16,
         num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=40,
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_aux_loss_coeff=0.1,
         moe_token_dispatcher_type="alltoall", vocab_size=256, seq_length=64, calculate_per_token_loss=True,
