@@ -198,26 +198,26 @@ class ForwardStep:
 
     def _shorten_experts(self, layer) -> None:
         """All tokens are routed, since the experts' balance counts every one; the kept ones go to their experts."""
-        experts = layer.mlp
-        whole, add = experts.forward, layer._forward_post_mlp
+        moe = layer.mlp
+        whole, add = moe.forward, layer._forward_post_mlp
 
         def forward(hidden_states, *args, padding_mask=None, **kwargs):
             if self._kept is None:
                 return whole(hidden_states, *args, padding_mask=padding_mask, **kwargs)
             mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-            routed = [each.index_select(0, self._kept) for each in experts.route(hidden_states, mask)]
-            experts.route = lambda *given: routed
+            routed = [each.index_select(0, self._kept) for each in moe.route(hidden_states, mask)]
+            moe.route = lambda *given: routed
             try:
                 return whole(hidden_states.index_select(0, self._kept), *args, **kwargs)
             finally:
-                del experts.route
+                del moe.route
 
         def add_to_residual(output, residual):
             if len(residual) != len(output[0]):
                 residual = residual.index_select(0, self._kept)
             return add(output, residual)
 
-        experts.forward, layer._forward_post_mlp = forward, add_to_residual
+        moe.forward, layer._forward_post_mlp = forward, add_to_residual
 
 
 def _experts_take_any_tokens(config) -> bool:

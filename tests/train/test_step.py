@@ -11,6 +11,12 @@ from nemotron_sft.train.compat.cpu import adapt_model
 from nemotron_sft.train.generate import _for_inference
 from nemotron_sft.train.step import ForwardStep
 
+SMALL = dict(
+    hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=2, kv_channels=16, mamba_num_heads=2,
+    mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=16, vocab_size=256, seq_length=64,
+    calculate_per_token_loss=True,
+)  # fmt: skip
+
 
 @pytest.mark.parametrize("stage", ["first", "middle", "last"])
 def test_every_pipeline_stage_learns_where_documents_begin(stage, bridge, monkeypatch):
@@ -50,11 +56,7 @@ def test_heads_that_predict_further_learn_no_label_that_is_not_trained(bridge):
     batch = collate(make_packs([[10, 20, 30], [33, 31]]), mtp_depth=1)
     packed = get_packed_seq_params({key: value for key, value in batch.items() if "seqlen" in key})
     other_labels = torch.where(batch["loss_mask"] > 0, batch["labels"], 7)
-    provider = HybridModelProvider(
-        hybrid_layer_pattern="M*/*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=2,
-        kv_channels=16, mamba_num_heads=2, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=16, vocab_size=256,
-        seq_length=64, mtp_num_layers=1, calculate_per_token_loss=True,
-    )  # fmt: skip
+    provider = HybridModelProvider(hybrid_layer_pattern="M*/*-", mtp_num_layers=1, **SMALL)
     adapt_model(provider)
     with alone():
         provider.finalize()
@@ -84,12 +86,9 @@ def test_the_last_layer_works_for_trained_tokens_alone_and_routes_all(last, brid
     packed = get_packed_seq_params({key: value for key, value in batch.items() if "seqlen" in key})
     kept = torch.nonzero(batch["loss_mask"][0])[:, 0]
     provider = HybridModelProvider(
-        hybrid_layer_pattern=f"M*E{last}", hidden_size=32, ffn_hidden_size=48, num_attention_heads=2,
-        num_query_groups=2, kv_channels=16, mamba_num_heads=2, mamba_head_dim=16, mamba_num_groups=2,
-        mamba_state_dim=16,
-        num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=40,
-        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_aux_loss_coeff=0.1,
-        moe_token_dispatcher_type="alltoall", vocab_size=256, seq_length=64, calculate_per_token_loss=True,
+        hybrid_layer_pattern=f"M*E{last}", num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24,
+        moe_shared_expert_intermediate_size=40, moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True, moe_aux_loss_coeff=0.1, moe_token_dispatcher_type="alltoall", **SMALL,
     )  # fmt: skip
     adapt_model(provider)
     results = []
