@@ -63,8 +63,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="cases to run")
     parser.add_argument("--rows", type=int, nargs="*", default=(8192, 16384, 32768), help="rows of the peers")
     parser.add_argument("--step-packs", type=int, default=8, metavar="N", help="packs of an optimizer step (8)")
-    parser.add_argument("--warm-up", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warm-up", type=int, help="steps before the timed ones (4 for most cases)")
+    parser.add_argument("--steps", type=int, help="timed steps (10 for most cases)")
     parser.add_argument("--profiled", type=int, default=0, help="steps to profile after the timed ones")
     parser.add_argument("--segments", nargs="*", help="settings to switch on one after another")
     parser.add_argument("--set", nargs="*", help="overrides of the config, ours only")
@@ -75,6 +75,8 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.data = (args.data or args.out / "data").resolve()
+    if args.name:
+        args.warm_up, args.steps = args.warm_up or 4, args.steps or 10
     return args
 
 
@@ -90,7 +92,9 @@ def main() -> None:
     plan += [(name, []) for name in args.only or () if name not in dict(full_plan())]
     for name, given in plan:  # one after the other: their imports would share the GPU's memory
         extra = ["--step-packs", str(args.step_packs), "--rows", *map(str, args.rows)]
-        extra += ["--profiled", str(args.profiled)] if args.profiled else []
+        for option in ("warm_up", "steps", "profiled"):
+            value = getattr(args, option)
+            extra += [f"--{option.replace('_', '-')}", str(value)] if value else []
         extra += ["--set", *args.set] if args.set else []
         process = cases.start(__file__, name, args.out, ["--data", str(args.data), *given, *extra])
         cases.take_turn(name, process, args.out)

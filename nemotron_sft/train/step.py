@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from nemotron_sft.train.compat.mtp import count_predictions_of_kept_tokens
 from nemotron_sft.train.losses import WatchedLosses, on_this_rank
@@ -143,7 +145,7 @@ class ForwardStep:
                 if divided:
                     hidden_states = gather_from_sequence_parallel_region(hidden_states, False, group=layer.tp_group)
                 if len(hidden_states) != len(self._kept):  # else the last layer has kept no others
-                    hidden_states = hidden_states.index_select(0, self._kept)
+                    hidden_states = _rows(hidden_states, self._kept)
                 return whole(hidden_states, *args, **kwargs)
             finally:
                 layer.sequence_parallel = divided
@@ -191,7 +193,7 @@ class ForwardStep:
 
         def forward_mlp(hidden_states, *args, **kwargs):
             if self._kept is not None:
-                hidden_states = hidden_states.index_select(0, self._kept)
+                hidden_states = _rows(hidden_states, self._kept)
             return whole(hidden_states, *args, **kwargs)
 
         layer._forward_mlp = forward_mlp
@@ -205,16 +207,16 @@ class ForwardStep:
             if self._kept is None:
                 return whole(hidden_states, *args, padding_mask=padding_mask, **kwargs)
             mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-            routed = [each.index_select(0, self._kept) for each in moe.route(hidden_states, mask)]
+            routed = [_rows(each, self._kept) for each in moe.route(hidden_states, mask)]
             moe.route = lambda *given: routed
             try:
-                return whole(hidden_states.index_select(0, self._kept), *args, **kwargs)
+                return whole(_rows(hidden_states, self._kept), *args, **kwargs)
             finally:
                 del moe.route
 
         def add_to_residual(output, residual):
             if len(residual) != len(output[0]):
-                residual = residual.index_select(0, self._kept)
+                residual = _rows(residual, self._kept)
             return add(output, residual)
 
         moe.forward, layer._forward_post_mlp = forward, add_to_residual
@@ -232,6 +234,31 @@ def _experts_take_any_tokens(config) -> bool:
         and not config.fp8
         and not (config.recompute_granularity == "selective" and "moe" in config.recompute_modules)
     )
+
+
+def _rows(values, positions):
+    """values (T, ...) at `positions` (k,), of which no two are the same: (k, ...)."""
+    return _taken_rows().apply(values, positions)
+
+
+@functools.cache
+def _taken_rows() -> Any:
+    """The autograd function: `index_select` with a gradient that is copied to its rows, not added number by number."""
+    import torch
+
+    class TakenRows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values, positions):
+            ctx.save_for_backward(positions)
+            ctx.shape = values.shape
+            return values.index_select(0, positions)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (positions,) = ctx.saved_tensors
+            return gradient.new_zeros(ctx.shape).index_copy_(0, positions, gradient), None
+
+    return TakenRows
 
 
 def _matrices(module) -> int:

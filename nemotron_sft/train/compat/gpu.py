@@ -15,7 +15,12 @@ from nemotron_sft.train.compat.attention import accept_hidden_tokens, keep_rotat
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.experts import use_grouped_products
-from nemotron_sft.train.compat.mamba import decode_batches, documents_reach_mamba, read_to_each_end
+from nemotron_sft.train.compat.mamba import (
+    decode_batches,
+    documents_reach_mamba,
+    number_documents_without_waiting,
+    read_to_each_end,
+)
 from nemotron_sft.train.compat.registry import patch
 
 
@@ -28,6 +33,7 @@ def use_gpu() -> None:
     skip_helper_build()
     agree_on_signals_on_the_host()
     documents_reach_mamba()
+    number_documents_without_waiting()
     decode_batches()
     read_to_each_end()
     keep_rotated_keys()

@@ -40,6 +40,34 @@ def documents_reach_mamba() -> None:
 
 
 @patch(
+    {"megatron.core.packed_seq_params:PackedSeqParams.__post_init__": "(self)"},
+    seen="megatron-core 0.19.2",
+    until="core numbers the documents of a packed row without waiting for the GPU",
+)
+def number_documents_without_waiting() -> None:
+    """Core moves a number to the GPU, and asks it for the length of the result, before every row of a hybrid model.
+
+    Each waits until all that was launched before has run, so the GPU then idles until the next kernels are launched.
+    """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    reference = PackedSeqParams.__post_init__
+
+    def number_documents(self):
+        ends = self.cu_seqlens_q if self.cu_seqlens_q_padded is None else self.cu_seqlens_q_padded
+        if not isinstance(ends, torch.Tensor) or self.total_tokens is None:
+            return
+        if parallel_state.get_context_parallel_world_size() > 1:  # total_tokens are then those of the rank
+            return reference(self)
+        places = torch.arange(self.total_tokens, dtype=ends.dtype, device=ends.device)
+        self.seq_idx = torch.searchsorted(ends[1:], places, right=True, out_int32=True)[None]
+
+    PackedSeqParams.__post_init__ = number_documents
+
+
+@patch(
     {
         "megatron.core.ssm.mamba_mixer:HAVE_MAMBA_SSM": "bool",
         "megatron.core.ssm.mamba_mixer:_check_mamba_sequence_packing_support": "(for_inference_not_training)",
