@@ -8,6 +8,10 @@
     gpu.py        what Megatron lacks, or does slowly, on a GPU
     optimizer.py  gradients scaled once; a resumed run at another learning rate
     adam.py         the update of weights in one fast pass
+    adapters.py   LoRA's adapters inside the products that they belong to
+    experts.py    mixtures of experts: all experts of a layer in one product
+    bandwidth.py  norms, convolutions and the norm of gradients in one pass over the memory
+    mtp.py        heads that predict further tokens
     bridge.py     Bridge on either: where it finds configs, what it builds, what an adapter checkpoint holds
     conversion.py Hugging Face weights into a model: all of them, or none
     transformers.py what transformers computes on the CPU

@@ -168,29 +168,56 @@ def _product() -> Any:
                 to_tokens = None if to_tokens is None else to_tokens.addmm_(to_inner, down)
             if not ctx.needs_input_grad[6]:
                 return to_tokens, None, None, to_down, to_up, None, *[None] * len(weights)
-            to_weights = torch._grouped_mm(gradient.t(), tokens, offs=ends)
             if not ctx.accumulate:
+                to_weights = _gradients_of_weights(gradient, tokens, ends)
                 return to_tokens, None, None, to_down, to_up, None, *to_weights.unbind()
-            _add_to_main_grads(weights, to_weights)
+            _add_to_main_grads(weights, gradient, tokens, ends)
             dummies = [get_dummy_wgrad(list(weight.shape), weight.dtype) for weight in weights]
             return to_tokens, None, None, to_down, to_up, None, *dummies
 
     return GroupedProduct
 
 
-def _add_to_main_grads(weights: tuple, gradients: Any) -> None:
-    """Add (experts, out, in) to the fp32 buffers that core keeps, and tell core so, as Transformer Engine does.
+def _gradients_of_weights(gradient: Any, tokens: Any, ends: Any) -> Any:
+    """(experts, out, in) from gradient (T, out) and tokens (T, in), sorted by expert; ends: (experts,).
+
+    For experts without a token PyTorch's product leaves what was in the memory, on GPUs other than Hopper
+    (pytorch/pytorch#172439): their gradients are zero.
+    """
+    import torch
+
+    gradients = torch._grouped_mm(gradient.t(), tokens, offs=ends)
+    idle = ends == torch.cat([ends.new_zeros(1), ends[:-1]])
+    return gradients.masked_fill_(idle[:, None, None], 0)
+
+
+def _add_to_main_grads(weights: tuple, gradient: Any, tokens: Any, ends: Any) -> None:
+    """Add the experts' gradients to the buffers that core keeps, and tell core so, as Transformer Engine does.
 
     The first of a step finds zeros there and need not read them; core takes back its mark when it clears the buffers.
     """
     buffers = [weight.main_grad for weight in weights]
     whole = _stacked(buffers)
     first = not any(getattr(weight, "grad_added_to_main_grad", True) for weight in weights)
-    pairs = zip(buffers, gradients, strict=True) if whole is None else [(whole, gradients)]
-    for buffer, gradient in pairs:
-        buffer.copy_(gradient) if first else buffer.add_(gradient)
+    if whole is None or not _added_in_place(gradient, tokens, ends, whole, first):
+        gradients = _gradients_of_weights(gradient, tokens, ends)
+        pairs = zip(buffers, gradients, strict=True) if whole is None else [(whole, gradients)]
+        for buffer, one in pairs:
+            buffer.copy_(one) if first else buffer.add_(one)
     for weight in weights:
         weight.grad_added_to_main_grad = True
+
+
+def _added_in_place(gradient: Any, tokens: Any, ends: Any, buffer: Any, first: bool) -> bool:
+    """Multiply straight into the buffer (experts, out, in), where the GPU can."""
+    if not gradient.is_cuda:
+        return False
+    from nemotron_sft.train.kernels import grouped
+
+    if not grouped.eligible(gradient, tokens, buffer):
+        return False
+    grouped.weight_gradients(gradient, tokens, ends, buffer, first)
+    return True
 
 
 def _local_dispatcher(base: type) -> type:

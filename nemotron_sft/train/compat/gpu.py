@@ -12,6 +12,7 @@ from types import ModuleType
 
 from nemotron_sft.train.compat.adapters import add_adapters_inside_their_products
 from nemotron_sft.train.compat.attention import accept_hidden_tokens, keep_rotated_keys
+from nemotron_sft.train.compat.bandwidth import convolve_in_one_pass, normalise_in_one_pass, sum_squares_in_one_launch
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.experts import use_grouped_products
@@ -41,6 +42,9 @@ def use_gpu() -> None:
     load_all_or_nothing()
     reuse_logits_for_their_gradient()
     use_grouped_products()
+    normalise_in_one_pass()
+    convolve_in_one_pass()
+    sum_squares_in_one_launch()
     add_adapters_inside_their_products()
 
 

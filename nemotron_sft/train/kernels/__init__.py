@@ -1,0 +1,13 @@
+"""Triton kernels for a GPU: what other packages compute slowly, in as few passes over memory as it takes.
+
+    adam.py         Adam's update of bf16 weights whose master weights are kept as remainders
+    convolution.py  the causal convolution of Mamba layers, forward and backward
+    grouped.py      weight gradients of all experts, written into their buffer
+    norms.py        RMSNorm forward and backward, and RMSNorm of groups of channels backward
+    squares.py      the norm of all gradients
+
+Each module has functions with the arguments and results of what they stand in for; `train/compat` puts them there. They
+import torch and Triton at their top, as Triton's functions need it, so import them inside the function that needs them.
+tests/train/kernels runs them in Triton's interpreter, tests/gpu/test_kernels.py on a GPU beside what they stand in for,
+and bench/kernels.py times both.
+"""
