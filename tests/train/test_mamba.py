@@ -65,22 +65,15 @@ def test_convolution_is_pytorchs_for_each_document():
 @pytest.mark.parametrize(
     ("ends", "total"), [([0, 7], 7), ([0, 5, 7, 11], 16), ([0, 1, 1, 1, 4], 4), ([0, 0, 3], 3), ([0, 64, 100], 128)]
 )
-def test_documents_have_the_numbers_that_core_gives_them(ends, total, bridge, monkeypatch):
+def test_tokens_have_the_numbers_of_their_documents(ends, total, bridge):
+    """As core numbers them: what is beyond the last boundary is one document more."""
     import torch
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from nemotron_sft.train.checkpoints import alone
-    from nemotron_sft.train.compat.mamba import number_documents_without_waiting
-
-    ends = torch.tensor(ends, dtype=torch.int32)
-    expected = PackedSeqParams(cu_seqlens_q=ends, total_tokens=total).seq_idx
-    monkeypatch.setattr(PackedSeqParams, "__post_init__", PackedSeqParams.__post_init__)
-    number_documents_without_waiting()
-    with alone():
-        found = PackedSeqParams(cu_seqlens_q=ends, total_tokens=total).seq_idx
-        unknown = PackedSeqParams(cu_seqlens_q=ends).seq_idx
-    assert found.dtype == expected.dtype and torch.equal(found, expected)
-    assert unknown is None
+    found = PackedSeqParams(cu_seqlens_q=torch.tensor(ends, dtype=torch.int32), total_tokens=total).seq_idx
+    lengths = np.diff([*ends, total])
+    assert found.dtype == torch.int32 and found.tolist() == [np.repeat(np.arange(len(lengths)), lengths).tolist()]
+    assert PackedSeqParams(cu_seqlens_q=torch.tensor(ends)).seq_idx is None
 
 
 @pytest.fixture(scope="module", params=[16, 128])

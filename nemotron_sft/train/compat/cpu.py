@@ -23,6 +23,7 @@ from nemotron_sft.train.compat.cuda import redirect_cuda
 from nemotron_sft.train.compat.mamba import (
     decode_batches,
     documents_reach_mamba,
+    number_documents_without_waiting,
     read_to_each_end,
     use_mamba,
     use_mamba_states,
@@ -58,6 +59,7 @@ def use_cpu() -> None:
     use_mamba()
     use_mamba_states()
     documents_reach_mamba()
+    number_documents_without_waiting()
     decode_batches()
     read_to_each_end()
     keep_rotated_keys()
