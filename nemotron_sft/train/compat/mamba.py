@@ -1,6 +1,7 @@
 """Mamba-2 layers on the CPU, where mamba-ssm and causal-conv1d, of which core makes its mixer, do not exist.
 
-`use_mamba` gives core's mixer a convolution and a scan in plain PyTorch. How documents are told apart is for the GPU, too.
+`use_mamba` gives core's mixer a convolution and a scan in plain PyTorch. What tells documents apart is for
+the GPU, too.
 """
 
 from __future__ import annotations
