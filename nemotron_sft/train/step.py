@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
-from typing import Any
 
+from nemotron_sft.train.compat.last_layer import shorten_last_layer, take
 from nemotron_sft.train.compat.mtp import count_predictions_of_kept_tokens
 from nemotron_sft.train.losses import WatchedLosses, on_this_rank
 
@@ -122,7 +121,7 @@ class ForwardStep:
         head = 6 * config.hidden_size * language_model.vocab_size / config.tensor_model_parallel_size
         self._flops_per_token = heads * head
         if language_model.decoder.layers:  # a stage may have the head alone
-            self._shorten_last_layer(language_model.decoder.layers[-1])
+            self._flops_per_token += shorten_last_layer(language_model.decoder.layers[-1], lambda: self._kept)
         return True
 
     def _mask_on_this_rank(self, context_group):
@@ -145,7 +144,7 @@ class ForwardStep:
                 if divided:
                     hidden_states = gather_from_sequence_parallel_region(hidden_states, False, group=layer.tp_group)
                 if len(hidden_states) != len(self._kept):  # else the last layer has kept no others
-                    hidden_states = _rows(hidden_states, self._kept)
+                    hidden_states = take(hidden_states, self._kept)
                 return whole(hidden_states, *args, **kwargs)
             finally:
                 layer.sequence_parallel = divided
@@ -163,104 +162,3 @@ class ForwardStep:
             return losses.new_zeros(labels.shape).index_copy(1, self._kept, losses)
 
         language_model.compute_language_model_loss = losses_of
-
-    def _shorten_last_layer(self, layer) -> None:
-        """Give the last layer's MLP, or its experts, the kept tokens only: no later attention looks at the others.
-
-        Not where the layer is run again in the backward pass, by when the positions are those of another row.
-        """
-        from megatron.core.ssm.mlp_layer import MLPLayer
-        from megatron.core.transformer.mlp import MLP
-        from megatron.core.transformer.moe.moe_layer import MoELayer
-        from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
-
-        config = layer.config
-        run_again = config.recompute_granularity == "full" or getattr(config, "cuda_graph_impl", "none") != "none"
-        divided = config.sequence_parallel or config.mtp_num_layers
-        if type(layer) not in (TransformerLayer, MLPLayer, MoETransformerLayer) or run_again or divided:
-            return
-        if isinstance(layer.mlp, MLP):
-            self._shorten_mlp(layer)
-            self._flops_per_token += 6 * _matrices(layer.mlp)
-        elif isinstance(layer.mlp, MoELayer) and _experts_take_any_tokens(config):
-            self._shorten_experts(layer)
-            experts = _matrices(layer.mlp.experts)
-            active = experts * config.moe_router_topk // layer.mlp.num_local_experts
-            self._flops_per_token += 6 * (_matrices(layer.mlp) - _matrices(layer.mlp.router) - experts + active)
-
-    def _shorten_mlp(self, layer) -> None:
-        whole = layer._forward_mlp
-
-        def forward_mlp(hidden_states, *args, **kwargs):
-            if self._kept is not None:
-                hidden_states = _rows(hidden_states, self._kept)
-            return whole(hidden_states, *args, **kwargs)
-
-        layer._forward_mlp = forward_mlp
-
-    def _shorten_experts(self, layer) -> None:
-        """All tokens are routed, since the experts' balance counts every one; the kept ones go to their experts."""
-        moe = layer.mlp
-        whole, add = moe.forward, layer._forward_post_mlp
-
-        def forward(hidden_states, *args, padding_mask=None, **kwargs):
-            if self._kept is None:
-                return whole(hidden_states, *args, padding_mask=padding_mask, **kwargs)
-            mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-            routed = [_rows(each, self._kept) for each in moe.route(hidden_states, mask)]
-            moe.route = lambda *given: routed
-            try:
-                return whole(_rows(hidden_states, self._kept), *args, **kwargs)
-            finally:
-                del moe.route
-
-        def add_to_residual(output, residual):
-            if len(residual) != len(output[0]):
-                residual = _rows(residual, self._kept)
-            return add(output, residual)
-
-        moe.forward, layer._forward_post_mlp = forward, add_to_residual
-
-
-def _experts_take_any_tokens(config) -> bool:
-    """Whether experts may get some of a row's tokens and still do with each what they would do with all.
-
-    Not where they drop tokens beyond a share of the row, where ranks exchange equally long rows, where fp8 wants
-    lengths of its own, or where tokens are routed again in the backward pass.
-    """
-    return (
-        config.moe_token_dispatcher_type == "alltoall"
-        and config.moe_expert_capacity_factor is None
-        and not config.fp8
-        and not (config.recompute_granularity == "selective" and "moe" in config.recompute_modules)
-    )
-
-
-def _rows(values, positions):
-    """values (T, ...) at `positions` (k,), of which no two are the same: (k, ...)."""
-    return _taken_rows().apply(values, positions)
-
-
-@functools.cache
-def _taken_rows() -> Any:
-    """The autograd function: `index_select` with a gradient that is copied to its rows, not added number by number."""
-    import torch
-
-    class TakenRows(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, values, positions):
-            ctx.save_for_backward(positions)
-            ctx.shape = values.shape
-            return values.index_select(0, positions)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            (positions,) = ctx.saved_tensors
-            return gradient.new_zeros(ctx.shape).index_copy_(0, positions, gradient), None
-
-    return TakenRows
-
-
-def _matrices(module) -> int:
-    """Numbers in a module's matrices."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
