@@ -8,9 +8,9 @@ from typing import Any
 
 KINDS = (
     ("communication", r"nccl"),
-    ("optimizer", r"multi_tensor|adam|l2norm|lpnorm"),
+    ("optimizer", r"multi_tensor|adam|l2norm|lpnorm|^_update$|^_squares$"),
     ("attention", r"sdpa|flash|fmha|mha_"),
-    ("matrix products", r"gemm|nvjet|cutlass|xmma|splitk"),
+    ("matrix products", r"gemm|nvjet|cutlass|xmma|splitk|^_multiply"),
     ("copies and fills", r"memcpy|memset|fillfunctor|direct_copy|copy_kernel"),
 )
 SYNCHRONISE = re.compile(r"cuda(Stream|Event|Device)Synchronize|cudaMemcpy$")
