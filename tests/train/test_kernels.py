@@ -18,6 +18,7 @@ def test_no_kernel_is_without_tests():
     assert kernels == {file.name for file in FILES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_kernel(file):
     pytest.importorskip("triton")
