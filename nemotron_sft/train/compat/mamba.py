@@ -1,7 +1,6 @@
 """Mamba-2 layers on the CPU, where mamba-ssm and causal-conv1d, of which core makes its mixer, do not exist.
 
-`use_mamba` gives core's mixer a convolution and a scan in plain PyTorch. What tells documents apart is for
-the GPU, too.
+`use_mamba` gives core's mixer a convolution and a scan in plain PyTorch. What tells documents apart is for GPUs, too.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ def documents_reach_mamba() -> None:
 
     def forward(self, hidden_states, inference_context=None, *, packed_seq_params=None, **kwargs):
         if packed_seq_params is not None and packed_seq_params.seq_idx is None:
-            padded = packed_seq_params.cu_seqlens_q_padded
-            ends = packed_seq_params.cu_seqlens_q if padded is None else padded
-            packed_seq_params.total_tokens = int(ends[-1])
+            packed_seq_params.total_tokens = int(_boundaries(packed_seq_params)[-1])
             packed_seq_params.__post_init__()
         return whole(self, hidden_states, inference_context, packed_seq_params=packed_seq_params, **kwargs)
 
@@ -57,7 +54,7 @@ def number_documents_without_waiting() -> None:
     reference = PackedSeqParams.__post_init__
 
     def number_documents(self):
-        ends = self.cu_seqlens_q if self.cu_seqlens_q_padded is None else self.cu_seqlens_q_padded
+        ends = _boundaries(self)
         if not isinstance(ends, torch.Tensor) or self.total_tokens is None:
             return
         if parallel_state.get_context_parallel_world_size() > 1:  # total_tokens are then those of the rank
@@ -66,6 +63,11 @@ def number_documents_without_waiting() -> None:
         self.seq_idx = torch.searchsorted(ends[1:], places, right=True, out_int32=True)[None]
 
     PackedSeqParams.__post_init__ = number_documents
+
+
+def _boundaries(packed):
+    """Where documents' places in a row begin and end, (documents + 1,), of core's PackedSeqParams."""
+    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
 
 
 @patch(

@@ -6,8 +6,21 @@
     norms.py        RMSNorm forward and backward, and RMSNorm of groups of channels backward
     squares.py      the norm of all gradients
 
-Each module has functions with the arguments and results of what they stand in for; `train/compat` puts them there. They
-import torch and Triton at their top, as Triton's functions need it, so import them inside the function that needs them.
-tests/train/kernels runs them in Triton's interpreter, tests/gpu/test_kernels.py on a GPU beside what they stand in for,
-and bench/kernels.py times both.
+`train/compat` puts their functions where others' were. Modules import torch and Triton at their top, as Triton's
+functions need it, so import them inside the function that needs them. tests/train/kernels runs them in Triton's
+interpreter, tests/gpu/test_kernels.py on a GPU beside what they stand in for, and bench/kernels.py times both.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # other classes may hold quantized or distributed numbers
+
+
+def in_triton(dtype: torch.dtype) -> Any:
+    """Triton's name for a PyTorch dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))

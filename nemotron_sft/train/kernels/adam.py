@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nemotron_sft.train.kernels import in_triton
+
 BLOCK, WARPS = 2048, 4  # numbers of a program, and warps that it runs on
 
 
@@ -35,11 +37,6 @@ def update_together(several: list[tuple], factor: Any, settings: tuple, decouple
 def _table(addresses: tuple[int, ...], device: Any) -> Any:
     """Addresses as (tensors, 5) int64 on the GPU: they are the same in every step."""
     return torch.tensor(addresses, dtype=torch.int64).view(-1, 5).to(device)
-
-
-def in_triton(dtype: Any) -> Any:
-    """Triton's name for a PyTorch dtype."""
-    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @triton.jit

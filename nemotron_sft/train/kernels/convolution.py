@@ -118,8 +118,8 @@ def _forward_kernel(
     t0 = tl.program_id(1) * BLOCK_T
     batch = tl.program_id(2).to(tl.int64)
     end = tl.minimum(seqlen - t0, BLOCK_T)
-    x_ptrs = x_ptr + batch * stride_xb + t0.to(tl.int64) * stride_xt + c
-    out_ptrs = out_ptr + batch * stride_ob + t0.to(tl.int64) * stride_ot + c
+    x_ptrs = _first_row(x_ptr, batch, t0, c, stride_xb, stride_xt)
+    out_ptrs = _first_row(out_ptr, batch, t0, c, stride_ob, stride_ot)
     if seq_ptr is not None:
         seq_ptr += batch * seqlen + t0
 
@@ -163,9 +163,9 @@ def _backward_kernel(
     batch = tl.program_id(2).to(tl.int64)
     end = tl.minimum(seqlen - t0, BLOCK_T)
     load_end = tl.minimum(seqlen - t0, BLOCK_T + 3)  # the outputs of three rows more depend on the block's last rows
-    x_ptrs = x_ptr + batch * stride_xb + t0.to(tl.int64) * stride_xt + c
-    g_ptrs = dout_ptr + batch * stride_gb + t0.to(tl.int64) * stride_gt + c
-    dx_ptrs = dx_ptr + batch * stride_db + t0.to(tl.int64) * stride_dt + c
+    x_ptrs = _first_row(x_ptr, batch, t0, c, stride_xb, stride_xt)
+    g_ptrs = _first_row(dout_ptr, batch, t0, c, stride_gb, stride_gt)
+    dx_ptrs = _first_row(dx_ptr, batch, t0, c, stride_db, stride_dt)
     if seq_ptr is not None:
         seq_ptr += batch * seqlen + t0
 
@@ -235,6 +235,12 @@ def _load_weights(w_ptr, b_ptr, c, dim, BLOCK_C: tl.constexpr):
     else:
         b = tl.load(b_ptr + c, mask=c < dim, other=0.0).to(tl.float32)
     return _to_float([w0, w1, w2, w3]), b
+
+
+@triton.jit
+def _first_row(ptr, batch, t0, c, stride_b, stride_t):
+    """Pointers to channels c of token t0 of a sequence."""
+    return ptr + batch * stride_b + t0.to(tl.int64) * stride_t + c
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nemotron_sft.train.kernels import PLAIN
+
 
 class Settings(NamedTuple):
     """How a kernel is launched."""
@@ -32,7 +34,6 @@ LONGEST = 3072  # channels that these settings keep in registers; for longer row
 
 HIDDEN = range(1024, 8192)  # shorter rows leave threads idle, longer ones do not fit in the registers
 GROUP = (256, 512, 1024)
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # other classes may hold quantized or distributed numbers
 
 
 def eligible(inp, weight, eps, ln_out, quantizer, otype, sm_margin, zero_centered_gamma) -> bool:

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nemotron_sft.train.kernels import PLAIN, in_triton
+
 CHUNK = 1 << 14  # numbers of a program
 BLOCK, WARPS = 2048, 4  # numbers that a program reads at a time, and warps that it runs on
 
@@ -17,9 +19,7 @@ BLOCK, WARPS = 2048, 4  # numbers that a program reads at a time, and warps that
 def eligible(tensors: list) -> bool:
     """Whether `l2norm` can read these tensors."""
     return all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)  # other classes may hold quantized or distributed numbers
-        and tensor.dtype in (torch.bfloat16, torch.float32)
-        and tensor.is_contiguous()
+        type(tensor) in PLAIN and tensor.dtype in (torch.bfloat16, torch.float32) and tensor.is_contiguous()
         for tensor in tensors
     )
 
@@ -40,7 +40,7 @@ def l2norm(chunk_size: int, noop_flag: Any, tensor_lists: list, per_tensor: bool
         table = _table(tuple(places), CHUNK, dtype.itemsize, tensor_lists[0][0].device)
         sums.append(torch.empty(len(table), dtype=torch.float32, device=table.device))
         _squares[(len(table),)](
-            table, sums[-1], DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), ALIGNMENT=alignment, BLOCK=BLOCK,
+            table, sums[-1], DTYPE=in_triton(dtype), ALIGNMENT=alignment, BLOCK=BLOCK,
             num_warps=WARPS,
         )  # fmt: skip
     return torch.cat(sums).sum(0, keepdim=True).sqrt_(), None
