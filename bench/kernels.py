@@ -8,12 +8,13 @@ takes, or a dense matrix product of as many operations.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 
 import torch
 
-TOKENS, HIDDEN, EXPERTS, WIDTH = 32_768, 2_688, 128, 1_856
+TOKENS, HIDDEN, EXPERTS, WIDTH, VOCABULARY = 32_768, 2_688, 128, 1_856, 131_072
 INNER, CONVOLVED, PROJECTED, GROUP = 4_096, 6_144, 10_304, 512
 BF16 = torch.bfloat16
 
@@ -112,6 +113,14 @@ def experts() -> Iterator[tuple]:
     used = torch.distributions.Gamma(3.0, 1.0).sample((EXPERTS,))
     counts = (used / used.sum() * 6 * TOKENS).long()
     ends = counts.cumsum(0).int().cuda()
+    for out, into, transposed in ((WIDTH, HIDDEN, False), (HIDDEN, WIDTH, False), (WIDTH, HIDDEN, True)):
+        tokens, weights = random(int(ends[-1]), into), random(EXPERTS, *((into, out) if transposed else (out, into)))
+        yield (
+            f"experts, {into} to {out}{', back' if transposed else ''}",
+            functools.partial(torch._grouped_mm, tokens, weights if transposed else weights.mT, offs=ends),
+            functools.partial(grouped.multiply, tokens, weights, ends, transposed),
+            multiplying(2 * len(tokens) * out * into),
+        )
     for out, into, dtype in ((WIDTH, HIDDEN, BF16), (HIDDEN, WIDTH, BF16), (WIDTH, HIDDEN, torch.float32)):
         gradient, tokens = random(int(ends[-1]), out), random(int(ends[-1]), into)
         buffer = torch.empty(EXPERTS, out, into, device="cuda", dtype=dtype)
@@ -124,6 +133,19 @@ def experts() -> Iterator[tuple]:
 
         name = f"experts' gradients, {out} x {into}, {str(dtype)[6:]}"
         yield name, theirs, ours, multiplying(2 * len(tokens) * out * into)
+
+
+def embedding() -> Iterator[tuple]:
+    """The gradient of an embedding; as in real text, some tokens are frequent."""
+    from nemotron_sft.train.kernels import embedding as ours
+
+    ids = (torch.rand(TOKENS, device="cuda") ** 4 * VOCABULARY).long()
+    gradient, buffer = random(TOKENS, HIDDEN), torch.zeros(VOCABULARY, HIDDEN, device="cuda", dtype=BF16)
+
+    def theirs():
+        buffer.add_(torch.ops.aten.embedding_dense_backward(gradient, ids, VOCABULARY, -1, False))
+
+    yield "embedding, backward", theirs, lambda: ours.add_gradient(gradient, ids, buffer), copying(6 * TOKENS * HIDDEN)
 
 
 def squares() -> Iterator[tuple]:
@@ -147,7 +169,7 @@ def main() -> None:
     """Print the table, a line as soon as it is known."""
     print(torch.cuda.get_device_name())
     print(f"{'':40}{'theirs, ms':>12}{'ours, ms':>12}{'ratio':>8}{'of the limit':>14}")
-    for group in (norms, convolution, experts, squares):
+    for group in (norms, convolution, experts, embedding, squares):
         for name, theirs, ours, limit in group():
             before, now = milliseconds(theirs), milliseconds(ours)
             print(f"{name:40}{before:12.3f}{now:12.3f}{before / now:7.2f}x{limit / now:13.0%}", flush=True)

@@ -148,3 +148,34 @@ def test_the_norm_of_gradients_is_that_of_transformer_engine():
     flag = torch.zeros(1, dtype=torch.int, device="cuda")
     theirs = [multi_tensor_applier(multi_tensor_l2norm, flag, [[one]], False)[0] for one in gradients if one.numel()]
     assert near(ours, torch.stack(theirs).norm().view(1), 1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("out", "into"), [(64, 128), (1856, 2688), (1000, 520)])
+def test_products_with_experts_weights_are_those_of_grouped_products(out, into, transposed):
+    from nemotron_sft.train.kernels import grouped
+
+    counts = torch.tensor([0, 1, 130, 0, 4000, 64, 63, 900, 0])
+    ends = counts.cumsum(0).int().cuda()
+    tokens, weights = (
+        random(int(counts.sum()), into),
+        random(len(counts), *((into, out) if transposed else (out, into))),
+    )
+    assert grouped.can_multiply(tokens, weights)
+    expected = torch._grouped_mm(tokens, weights if transposed else weights.transpose(1, 2), offs=ends)
+    assert near(grouped.multiply(tokens, weights, ends, transposed), expected, 4e-3)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary"), [(1, 8, 3), (4000, 2688, 1000), (5000, 1000, 2), (999, 64, 1 << 17)]
+)
+def test_the_gradient_of_an_embedding_is_that_of_pytorch(tokens, hidden, vocabulary, dtype):
+    from nemotron_sft.train.kernels import embedding
+
+    gradient, ids = random(tokens, hidden), torch.randint(0, vocabulary, (tokens,), device="cuda")
+    buffer = torch.randn(vocabulary, hidden, device="cuda").to(dtype)
+    expected = buffer.double().index_add(0, ids, gradient.double())
+    assert embedding.eligible(gradient, buffer)
+    embedding.add_gradient(gradient, ids, buffer)
+    assert near(buffer, expected.to(dtype), 4e-3)

@@ -148,7 +148,7 @@ def _product() -> Any:
     class GroupedProduct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, tokens, ends, accumulate, down, up, scale, *weights):
-            output = torch._grouped_mm(tokens, _stacked(weights).transpose(1, 2), offs=ends)
+            output = _multiplied(tokens, _stacked(weights), ends, False)
             inner = None
             if down is not None:
                 inner = tokens @ down.t()
@@ -161,7 +161,7 @@ def _product() -> Any:
         def backward(ctx, gradient):
             tokens, ends, inner, down, up = ctx.saved_tensors
             weights, gradient = ctx.weights, gradient.contiguous()
-            to_tokens = torch._grouped_mm(gradient, _stacked(weights), offs=ends) if ctx.needs_input_grad[0] else None
+            to_tokens = _multiplied(gradient, _stacked(weights), ends, True) if ctx.needs_input_grad[0] else None
             to_down = to_up = None
             if down is not None:
                 to_inner, to_down, to_up = adapter_gradients(gradient, tokens, inner, down, up, ctx.scale)
@@ -176,6 +176,18 @@ def _product() -> Any:
             return to_tokens, None, None, to_down, to_up, None, *dummies
 
     return GroupedProduct
+
+
+def _multiplied(tokens: Any, weights: Any, ends: Any, transposed: bool) -> Any:
+    """(T, out) from tokens (T, in), sorted by expert, and weights (experts, out, in), or (experts, in, out)."""
+    import torch
+
+    if tokens.is_cuda:
+        from nemotron_sft.train.kernels import grouped
+
+        if grouped.can_multiply(tokens, weights):
+            return grouped.multiply(tokens, weights, ends, transposed)
+    return torch._grouped_mm(tokens, weights if transposed else weights.transpose(1, 2), offs=ends)
 
 
 def _gradients_of_weights(gradient: Any, tokens: Any, ends: Any) -> Any:

@@ -12,7 +12,12 @@ from types import ModuleType
 
 from nemotron_sft.train.compat.adapters import add_adapters_inside_their_products
 from nemotron_sft.train.compat.attention import accept_hidden_tokens, keep_rotated_keys
-from nemotron_sft.train.compat.bandwidth import convolve_in_one_pass, normalise_in_one_pass, sum_squares_in_one_launch
+from nemotron_sft.train.compat.bandwidth import (
+    add_up_embeddings_in_place,
+    convolve_in_one_pass,
+    normalise_in_one_pass,
+    sum_squares_in_one_launch,
+)
 from nemotron_sft.train.compat.bridge import skip_helper_build
 from nemotron_sft.train.compat.conversion import load_all_or_nothing
 from nemotron_sft.train.compat.experts import use_grouped_products
@@ -45,6 +50,7 @@ def use_gpu() -> None:
     normalise_in_one_pass()
     convolve_in_one_pass()
     sum_squares_in_one_launch()
+    add_up_embeddings_in_place()
     add_adapters_inside_their_products()
 
 

@@ -2,7 +2,8 @@
 
     adam.py         Adam's update of bf16 weights whose master weights are kept as remainders
     convolution.py  the causal convolution of Mamba layers, forward and backward
-    grouped.py      weight gradients of all experts, written into their buffer
+    embedding.py    the gradient of an embedding, added to its buffer
+    grouped.py      tokens times the weights of all experts, and weight gradients written into their buffer
     norms.py        RMSNorm forward and backward, and RMSNorm of groups of channels backward
     squares.py      the norm of all gradients
 

@@ -11,7 +11,7 @@ ROOM = 48  # numbers between one expert's gradient and the next one's
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for name, value in {"ROWS": 32, "WIDE": 32, "NARROW": 16, "TOKENS": 32, "STRIP": 2}.items():
+    for name, value in {"ROWS": 32, "WIDE": 32, "NARROW": 16, "STEP": 32, "STRIP": 2}.items():
         monkeypatch.setattr(grouped, name, value)
 
 
@@ -31,3 +31,15 @@ def test_gradients_are_those_of_each_expert_alone(out, into, dtype, near, first)
     without = [expert for expert, count in enumerate(COUNTS) if not count]
     assert torch.equal(buffer[without].float(), expected[without])
     assert torch.equal(wide[:, out * into :], before[:, out * into :])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("out", "into"), [(72, 104), (128, 64), (40, 200)])
+def test_tokens_are_multiplied_with_their_experts_weight(out, into, transposed):
+    torch.manual_seed(0)
+    tokens, weights = torch.randn(sum(COUNTS), into).half(), torch.randn(len(COUNTS), out, into).half()
+    parts = zip(tokens.float().split(COUNTS), weights.float(), strict=True)
+    expected = torch.cat([one @ other.T for one, other in parts])
+    given = weights.transpose(1, 2).contiguous() if transposed else weights
+    found = grouped.multiply(tokens, given, torch.tensor(COUNTS).cumsum(0).int(), transposed)
+    assert found.dtype == tokens.dtype and (found.float() - expected).norm() < 1e-3 * expected.norm()
