@@ -148,6 +148,25 @@ def embedding() -> Iterator[tuple]:
     yield "embedding, backward", theirs, lambda: ours.add_gradient(gradient, ids, buffer), copying(6 * TOKENS * HIDDEN)
 
 
+def losses() -> Iterator[tuple]:
+    """Losses of half of the tokens, and the gradient of their logits."""
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    from nemotron_sft.train.kernels import cross_entropy
+
+    logits = random(TOKENS // 2, 1, VOCABULARY).requires_grad_()
+    labels = torch.randint(VOCABULARY, (TOKENS // 2, 1), device="cuda")
+    ones = torch.ones(TOKENS // 2, 1, device="cuda")
+
+    def theirs():
+        torch.autograd.grad(parallel_cross_entropy(logits, labels, overwrite_input=True), logits, ones)
+
+    def ours():
+        torch.autograd.grad(cross_entropy.losses_of(logits, labels), logits, ones)
+
+    yield "losses and gradient of logits", theirs, ours, copying(2 * logits.numel() * 2)
+
+
 def squares() -> Iterator[tuple]:
     """The norm of 3.2 billion gradients."""
     from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm
@@ -169,7 +188,7 @@ def main() -> None:
     """Print the table, a line as soon as it is known."""
     print(torch.cuda.get_device_name())
     print(f"{'':40}{'theirs, ms':>12}{'ours, ms':>12}{'ratio':>8}{'of the limit':>14}")
-    for group in (norms, convolution, experts, embedding, squares):
+    for group in (norms, convolution, experts, embedding, losses, squares):
         for name, theirs, ours, limit in group():
             before, now = milliseconds(theirs), milliseconds(ours)
             print(f"{name:40}{before:12.3f}{now:12.3f}{before / now:7.2f}x{limit / now:13.0%}", flush=True)

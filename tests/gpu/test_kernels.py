@@ -179,3 +179,26 @@ def test_the_gradient_of_an_embedding_is_that_of_pytorch(tokens, hidden, vocabul
     assert embedding.eligible(gradient, buffer)
     embedding.add_gradient(gradient, ids, buffer)
     assert near(buffer, expected.to(dtype), 4e-3)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [1000, 32_003, 131_072])
+def test_losses_and_their_gradient_are_those_of_transformer_engine(vocabulary, dtype):
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    from nemotron_sft.train.kernels import cross_entropy
+
+    logits, labels = torch.randn(777, 1, vocabulary, device="cuda").mul(4).to(dtype), torch.arange(777).cuda()[:, None]
+    labels[5] = -100
+    results = []
+    for of in (parallel_cross_entropy, cross_entropy.losses_of):
+        for weight in (1.0, torch.rand(777, 1, generator=torch.Generator().manual_seed(0)).cuda()):
+            leaf = logits.clone().requires_grad_()
+            losses = of(leaf * 1, labels)
+            (losses * weight).sum().backward()
+            results.append((losses.detach(), leaf.grad))
+    assert cross_entropy.eligible(logits, labels, None)
+    for theirs, ours in zip(results[:2], results[2:], strict=True):
+        assert near(ours[0], theirs[0], 1e-6) and near(ours[1], theirs[1], 3e-3 if dtype == BF16 else 1e-5)
+    assert not cross_entropy.eligible(logits.half(), labels, None)
+    assert not cross_entropy.eligible(logits[:, :, 1:], labels, None)

@@ -122,17 +122,22 @@ def agree_on_signals_on_the_host() -> None:
         ),
     },
     seen="megatron-core 0.19.2, transformer-engine 2.20",
-    until="core passes overwrite_input on",
+    until="core passes overwrite_input on, and Transformer Engine reads logits from memory once",
 )
 def reuse_logits_for_their_gradient() -> None:
     """Let the gradient of the logits take the place of the logits, which nothing reads after the loss.
 
-    Logits are the largest tensors of a step (2 bytes x vocabulary x trained tokens), and core keeps both.
+    Logits are the largest tensors of a step (2 bytes x vocabulary x trained tokens): core keeps both, and Transformer
+    Engine reads them for the loss and once more for the gradient.
     """
     from megatron.core.models.common.language_module import language_module
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
+    from nemotron_sft.train.kernels import cross_entropy
+
     def losses_of(logits, labels, tp_group, is_cg_capturable=False):
+        if cross_entropy.eligible(logits, labels, tp_group):
+            return cross_entropy.losses_of(logits, labels)
         return parallel_cross_entropy(logits, labels, 0.0, False, tp_group, overwrite_input=True)
 
     language_module.te_parallel_cross_entropy = losses_of

@@ -2,6 +2,7 @@
 
     adam.py         Adam's update of bf16 weights whose master weights are kept as remainders
     convolution.py  the causal convolution of Mamba layers, forward and backward
+    cross_entropy.py  the loss of logits, and their gradient in the same pass
     embedding.py    the gradient of an embedding, added to its buffer
     grouped.py      tokens times the weights of all experts, and weight gradients written into their buffer
     norms.py        RMSNorm forward and backward, and RMSNorm of groups of channels backward
@@ -14,6 +15,7 @@ interpreter, tests/gpu/test_kernels.py on a GPU beside what they stand in for, a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,3 +27,9 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)  # other classes may hold quantized o
 def in_triton(dtype: torch.dtype) -> Any:
     """Triton's name for a PyTorch dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one of a CPU, whose programs Triton's interpreter runs one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

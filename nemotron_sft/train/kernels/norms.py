@@ -6,14 +6,13 @@ bits.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from nemotron_sft.train.kernels import PLAIN
+from nemotron_sft.train.kernels import PLAIN, processors
 
 
 class Settings(NamedTuple):
@@ -117,7 +116,7 @@ def backward(dz, x, rsigma, gamma, sm_margin, zero_centered_gamma) -> list:
     """
     hidden = x.shape[1]
     wider = _wider(hidden)
-    programs = max(_processors(x.device) - sm_margin, 1) * max(BACKWARD.programs // wider, 1)
+    programs = max(processors(x.device) - sm_margin, 1) * max(BACKWARD.programs // wider, 1)
     settings = BACKWARD._replace(width=BACKWARD.width * wider, warps=BACKWARD.warps * wider)
     return _launch_backward(dz, x, rsigma, gamma, bool(zero_centered_gamma), hidden, 1, programs, settings)
 
@@ -135,7 +134,7 @@ def backward_grouped(
     size = group_size or x.shape[1]
     count = x.shape[1] // size
     groups = min(GROUPED.warps, count & -count)  # of a program: a power of two that divides their number
-    programs = triton.cdiv(_processors(x.device) * GROUPED.programs, count // groups)
+    programs = triton.cdiv(processors(x.device) * GROUPED.programs, count // groups)
     settings = GROUPED._replace(warps=groups)
     dx, dweight = _launch_backward(dy, x, rstd, weight, False, size, groups, programs, settings)
     return dx, dweight, None, None
@@ -161,11 +160,6 @@ def _launch_backward(
 def _wider(hidden: int) -> int:
     """How many times as many warps a row needs as the settings say."""
     return triton.next_power_of_2(triton.cdiv(hidden, LONGEST))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def near(found, expected, dtype):
 def test_rows_are_normalised_and_gradients_are_those_of_autograd(
     monkeypatch, rows, hidden, processors, step, dtype, centered, given
 ):
-    monkeypatch.setattr(norms, "_processors", lambda device: processors)
+    monkeypatch.setattr(norms, "processors", lambda device: processors)
     monkeypatch.setattr(norms, "FORWARD", norms.FORWARD._replace(rows=step))
     monkeypatch.setattr(norms, "BACKWARD", norms.BACKWARD._replace(rows=step, programs=1))
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_rows_are_normalised_and_gradients_are_those_of_autograd(
     ],
 )
 def test_gradients_of_groups_are_those_of_autograd(monkeypatch, rows, channels, size, step, dtype):
-    monkeypatch.setattr(norms, "_processors", lambda device: 6)
+    monkeypatch.setattr(norms, "processors", lambda device: 6)
     monkeypatch.setattr(norms, "GROUPED", norms.GROUPED._replace(rows=step, programs=1))
     torch.manual_seed(0)
     x, gradient = between_nans(rows, channels), between_nans(rows, channels)
