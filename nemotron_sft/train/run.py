@@ -40,6 +40,7 @@ from nemotron_sft.train.signals import saving_on_sigterm
 from nemotron_sft.train.start import Machine, log_to_file, start_bridge, this_machine
 from nemotron_sft.train.step import ForwardStep
 from nemotron_sft.train.topology import layers_of
+from nemotron_sft.train.trial import AttentionTrial
 
 
 @dataclass
@@ -213,8 +214,9 @@ def fit(
     callbacks = CallbackManager()
     progress = Progress(run.metadata, run.directory, terminal, STARTED, rank, forward_step)
     heldout = Heldout(config.heldout, run.prompts, run.directory, rank, progress)
+    trials = [] if machine.on_cpu else [AttentionTrial()]
     # In this order: Progress resets what others may look at, and keeps the record that Heldout adds to.
-    for observer in (*observers, progress, heldout):
+    for observer in (*trials, *observers, progress, heldout):
         observer.register(callbacks)
     loop = pretrain if config.init_from == "random" and not config.checkpoint.load else finetune
     record = tracked.Training(config, run.composed, run.metadata, run.data_dir, run.directory, rank, terminal)
