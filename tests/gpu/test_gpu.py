@@ -241,8 +241,9 @@ def test_heads_of_the_model_stand_their_trial(model, monkeypatch):
     from nemotron_sft.errors import UserError
     from nemotron_sft.train import trial
 
-    started = SimpleNamespace(model=[model])
+    started, random = SimpleNamespace(model=[model]), torch.cuda.get_rng_state()
     trial.AttentionTrial().on_train_start(started)
+    assert torch.equal(random, torch.cuda.get_rng_state())
     monkeypatch.setattr(trial, "TOLERANCE", 0.0)
     if model.kind == "fp32":
         return trial.AttentionTrial().on_train_start(started)  # it has no attention to be tried

@@ -126,7 +126,7 @@ def test_gradients_of_experts_are_those_of_grouped_products(out, into, dtype, fi
     gradient, tokens = random(int(counts.sum()), out), random(int(counts.sum()), into)
     whole = torch.randn(len(counts), out * into + 64, device="cuda").to(dtype)
     buffer, before = whole[:, : out * into].view(-1, out, into), whole.clone()
-    assert grouped.eligible(gradient, tokens, buffer)
+    assert grouped.eligible_gradients(gradient, tokens, buffer)
     expected = torch._grouped_mm(gradient.t(), tokens, offs=ends).to(dtype)
     expected = expected if first else buffer + expected
     grouped.weight_gradients(gradient, tokens, ends, buffer, first)
@@ -161,7 +161,7 @@ def test_products_with_experts_weights_are_those_of_grouped_products(out, into, 
         random(int(counts.sum()), into),
         random(len(counts), *((into, out) if transposed else (out, into))),
     )
-    assert grouped.can_multiply(tokens, weights)
+    assert grouped.eligible(tokens, weights)
     expected = torch._grouped_mm(tokens, weights if transposed else weights.transpose(1, 2), offs=ends)
     assert near(grouped.multiply(tokens, weights, ends, transposed), expected, 4e-3)
 

@@ -185,7 +185,7 @@ def _multiplied(tokens: Any, weights: Any, ends: Any, transposed: bool) -> Any:
     if tokens.is_cuda:
         from nemotron_sft.train.kernels import grouped
 
-        if grouped.can_multiply(tokens, weights):
+        if grouped.eligible(tokens, weights):
             return grouped.multiply(tokens, weights, ends, transposed)
     return torch._grouped_mm(tokens, weights if transposed else weights.transpose(1, 2), offs=ends)
 
@@ -226,7 +226,7 @@ def _added_in_place(gradient: Any, tokens: Any, ends: Any, buffer: Any, first: b
         return False
     from nemotron_sft.train.kernels import grouped
 
-    if not grouped.eligible(gradient, tokens, buffer):
+    if not grouped.eligible_gradients(gradient, tokens, buffer):
         return False
     grouped.weight_gradients(gradient, tokens, ends, buffer, first)
     return True

@@ -15,7 +15,7 @@ STRIP = 8  # tiles above one another that follow each other, so that they find t
 WARPS, STAGES = 8, 3
 
 
-def can_multiply(tokens: Any, weights: Any) -> bool:
+def eligible(tokens: Any, weights: Any) -> bool:
     """Whether `multiply` can run: the GPU copies tiles in its own way (Hopper), in pieces of 16 bytes."""
     return (
         _is_hopper(tokens)
@@ -51,8 +51,8 @@ def multiply(tokens: Any, weights: Any, ends: Any, transposed: bool) -> Any:
     return out
 
 
-def eligible(gradient: Any, tokens: Any, buffer: Any) -> bool:
-    """Whether `weight_gradients` can run, see `can_multiply`."""
+def eligible_gradients(gradient: Any, tokens: Any, buffer: Any) -> bool:
+    """Whether `weight_gradients` can run, see `eligible`."""
     return (
         _is_hopper(gradient)
         and buffer.dtype in (torch.bfloat16, torch.float32)

@@ -1,4 +1,7 @@
-"""Weight gradients of experts, in Triton's interpreter (whose products know float16, not bfloat16)."""
+"""Products of tokens with their experts' weights, and weight gradients of experts, in Triton's interpreter.
+
+Its products know float16, not bfloat16.
+"""
 
 import pytest
 import torch
