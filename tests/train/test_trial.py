@@ -52,6 +52,10 @@ def test_wrong_gradients_are_outside_of_it(change):
     assert found["keys"] > trial.TOLERANCE > 5 * max(found["queries"], found["values"])
 
 
+def test_errors_are_relative_to_the_right_gradients():
+    assert errors(altered(lambda gradient: 3 * gradient))["keys"] == pytest.approx(2, rel=0.02)
+
+
 def test_one_nan_makes_the_error_nan():
     found = errors(altered(lambda gradient: gradient.index_fill(0, torch.tensor([900]), math.nan)))
     assert math.isnan(found["keys"]) and not found["keys"] < trial.TOLERANCE

@@ -8,7 +8,7 @@ import torch
 
 from nemotron_sft.train.kernels import grouped
 
-COUNTS = [0, 1, 37, 0, 64, 100, 32, 0]
+COUNTS = [0, 1, 37, 0, 64, 100, 32, 5, 0]
 ROOM = 48  # numbers between one expert's gradient and the next one's
 
 
@@ -38,11 +38,14 @@ def test_gradients_are_those_of_each_expert_alone(out, into, dtype, near, first)
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("out", "into"), [(72, 104), (128, 64), (40, 200)])
-def test_tokens_are_multiplied_with_their_experts_weight(out, into, transposed):
+def test_tokens_are_multiplied_with_their_experts_weight(out, into, transposed, monkeypatch):
     torch.manual_seed(0)
+    room = torch.full((sum(COUNTS) + ROOM, out), torch.nan, dtype=torch.float16)
+    monkeypatch.setattr(torch, "empty", lambda rows, columns, **given: room[:rows])
     tokens, weights = torch.randn(sum(COUNTS), into).half(), torch.randn(len(COUNTS), out, into).half()
     parts = zip(tokens.float().split(COUNTS), weights.float(), strict=True)
     expected = torch.cat([one @ other.T for one, other in parts])
     given = weights.transpose(1, 2).contiguous() if transposed else weights
     found = grouped.multiply(tokens, given, torch.tensor(COUNTS).cumsum(0).int(), transposed)
-    assert found.dtype == tokens.dtype and (found.float() - expected).norm() < 1e-3 * expected.norm()
+    assert found.shape == expected.shape and (found.float() - expected).norm() < 1e-3 * expected.norm()
+    assert room[sum(COUNTS) :].isnan().all()  # an expert's last tile ends with its tokens
