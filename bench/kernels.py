@@ -106,7 +106,7 @@ def convolution() -> Iterator[tuple]:
 
 
 def experts() -> Iterator[tuple]:
-    """Weight gradients of a layer's experts, unevenly used, put into buffers of both kinds."""
+    """Products of a layer's experts, unevenly used, and their weight gradients, put into buffers of both kinds."""
     from nemotron_sft.train.kernels import grouped
 
     torch.manual_seed(0)
@@ -128,9 +128,7 @@ def experts() -> Iterator[tuple]:
         def theirs(gradient=gradient, tokens=tokens, buffer=buffer):
             buffer.copy_(torch._grouped_mm(gradient.t(), tokens, offs=ends))
 
-        def ours(gradient=gradient, tokens=tokens, buffer=buffer):
-            grouped.weight_gradients(gradient, tokens, ends, buffer, True)
-
+        ours = functools.partial(grouped.weight_gradients, gradient, tokens, ends, buffer, True)
         name = f"experts' gradients, {out} x {into}, {str(dtype)[6:]}"
         yield name, theirs, ours, multiplying(2 * len(tokens) * out * into)
 

@@ -14,6 +14,7 @@ from nemotron_sft.errors import UserError
 from nemotron_sft.train.compat.attention import attend
 
 LENGTHS = (700, 3, 321)  # tokens of the documents of the row that is tried
+ENDS = (0, *accumulate(LENGTHS))
 TOLERANCE = 0.05  # bf16 rounds to 0.003
 
 
@@ -49,7 +50,7 @@ def check(config: Any) -> None:
     attention = DotProductAttention(
         queries, width, num_gqa_groups=keys, attention_dropout=0.0, qkv_format="thd", attn_mask_type="padding_causal"
     )
-    ends, longest = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device="cuda"), max(LENGTHS)
+    ends, longest = torch.tensor(ENDS, dtype=torch.int32, device="cuda"), max(LENGTHS)
     row = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
 
     def theirs(query, key, value):
@@ -75,7 +76,7 @@ def gradient_errors(attention: Callable, queries: int, keys: int, width: int, dt
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    total, ends = sum(LENGTHS), torch.tensor([0, *accumulate(LENGTHS)])
+    total, ends = ENDS[-1], torch.tensor(ENDS)
     heads = {"queries": queries, "keys": keys, "values": keys}
     given = [torch.randn(total, number, width, generator=generator).to(dtype) for number in heads.values()]
     towards = torch.randn(total, queries, width, generator=generator).to(dtype)

@@ -46,6 +46,7 @@ def test_three_steps_of_adam_are_those_of_transformer_engine():
 
 
 BF16 = torch.bfloat16
+COUNTS = torch.tensor([0, 1, 130, 0, 4000, 64, 63, 900, 0])  # tokens of experts
 
 
 def random(*shape):
@@ -121,18 +122,17 @@ def test_convolutions_are_those_of_causal_conv1d(batch, length, channels, apart)
 def test_gradients_of_experts_are_those_of_grouped_products(out, into, dtype, first):
     from nemotron_sft.train.kernels import grouped
 
-    counts = torch.tensor([0, 1, 130, 0, 4000, 64, 63, 900, 0])
-    ends = counts.cumsum(0).int().cuda()
-    gradient, tokens = random(int(counts.sum()), out), random(int(counts.sum()), into)
-    whole = torch.randn(len(counts), out * into + 64, device="cuda").to(dtype)
+    ends = COUNTS.cumsum(0).int().cuda()
+    gradient, tokens = random(int(COUNTS.sum()), out), random(int(COUNTS.sum()), into)
+    whole = torch.randn(len(COUNTS), out * into + 64, device="cuda").to(dtype)
     buffer, before = whole[:, : out * into].view(-1, out, into), whole.clone()
     assert grouped.eligible_gradients(gradient, tokens, buffer)
     expected = torch._grouped_mm(gradient.t(), tokens, offs=ends).to(dtype)
     expected = expected if first else buffer + expected
     grouped.weight_gradients(gradient, tokens, ends, buffer, first)
     assert near(buffer, expected, 4e-3)
-    assert first or torch.equal(buffer[counts == 0], expected[counts == 0])
-    assert not first or not buffer[counts == 0].any()
+    assert first or torch.equal(buffer[COUNTS == 0], expected[COUNTS == 0])
+    assert not first or not buffer[COUNTS == 0].any()
     assert torch.equal(whole[:, out * into :], before[:, out * into :])
 
 
@@ -155,12 +155,9 @@ def test_the_norm_of_gradients_is_that_of_transformer_engine():
 def test_products_with_experts_weights_are_those_of_grouped_products(out, into, transposed):
     from nemotron_sft.train.kernels import grouped
 
-    counts = torch.tensor([0, 1, 130, 0, 4000, 64, 63, 900, 0])
-    ends = counts.cumsum(0).int().cuda()
-    tokens, weights = (
-        random(int(counts.sum()), into),
-        random(len(counts), *((into, out) if transposed else (out, into))),
-    )
+    ends = COUNTS.cumsum(0).int().cuda()
+    tokens = random(int(COUNTS.sum()), into)
+    weights = random(len(COUNTS), *((into, out) if transposed else (out, into)))
     assert grouped.eligible(tokens, weights)
     expected = torch._grouped_mm(tokens, weights if transposed else weights.transpose(1, 2), offs=ends)
     assert near(grouped.multiply(tokens, weights, ends, transposed), expected, 4e-3)

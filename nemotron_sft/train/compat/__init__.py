@@ -10,7 +10,7 @@
     adam.py         the update of weights in one fast pass
     adapters.py   LoRA's adapters inside the products that they belong to
     experts.py    mixtures of experts: all experts of a layer in one product
-    bandwidth.py  norms, convolutions and the norm of gradients in one pass over the memory
+    bandwidth.py  norms, convolutions, gradients of embeddings and the norm of all in one pass over the memory
     last_layer.py the last MLP, or the last experts, for the tokens that have a loss
     mtp.py        heads that predict further tokens
     bridge.py     Bridge on either: where it finds configs, what it builds, what an adapter checkpoint holds

@@ -2,7 +2,8 @@
 
 Why: Transformer Engine's grouped linear layer calls cuBLAS once for each expert, three times for each of its two
 products (768 launches a layer with 128 experts), and core reads the number of tokens of every expert back to the
-host, which stops launching meanwhile. PyTorch's grouped product takes those numbers on the GPU.
+host, which stops launching meanwhile. PyTorch's grouped product, and ours on Hopper (kernels/grouped.py), take those
+numbers on the GPU.
 """
 
 from __future__ import annotations

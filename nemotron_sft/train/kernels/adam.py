@@ -24,7 +24,7 @@ def update_together(several: list[tuple], factor: Any, settings: tuple, decouple
     addresses = tuple(tensor.data_ptr() for tensors in several for tensor in tensors)
     table = _table(addresses, gradient.device)
     numbers = gradient.numel()
-    blocks = (numbers + BLOCK - 1) // BLOCK
+    blocks = triton.cdiv(numbers, BLOCK)
     _update[(blocks * len(several),)](
         table, table if factor is None else factor, *settings, numbers, blocks,
         GRADIENT=in_triton(gradient.dtype), FIRST=in_triton(first.dtype), SECOND=in_triton(second.dtype),

@@ -12,6 +12,7 @@ from nemotron_sft.train.kernels import processors
 
 THREADS, EACH, WARPS = 1024, 8, 32  # of a program: parts of a row that are added up apart, and numbers of one at a time
 PROGRAMS = 2  # on each multiprocessor: of few rows under work much is still in the cache when they are read again
+IGNORED = -100  # a label without a loss, as in PyTorch and Transformer Engine
 LOWEST = tl.constexpr(-3.4028234e38)  # of fp32; -inf less -inf would be no number
 
 
@@ -27,24 +28,24 @@ def eligible(logits: Any, labels: Any, group: Any) -> bool:
     )
 
 
-def losses_of(logits: Any, labels: Any, ignored: int = -100) -> Any:
-    """-log softmax(logits)[label] of every token in fp32, 0 where the label is `ignored`; see `eligible`.
+def losses_of(logits: Any, labels: Any) -> Any:
+    """-log softmax(logits)[label] of every token in fp32, 0 where the label is IGNORED; see `eligible`.
 
     logits (..., vocabulary), labels and losses (...). Where logits need a gradient, it takes their place: nobody may
     read them any more.
     """
-    return _Losses.apply(logits, labels, ignored, logits.requires_grad and torch.is_grad_enabled())
+    return _Losses.apply(logits, labels, logits.requires_grad and torch.is_grad_enabled())
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, ignored, needs_gradient):
+    def forward(ctx, logits, labels, needs_gradient):
         columns, labels = logits.shape[-1], labels.contiguous()
         losses = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
         rows = labels.numel()
         programs = min(rows, PROGRAMS * processors(logits.device))
         _forward[(programs,)](
-            logits, labels, losses, rows, columns, ignored,
+            logits, labels, losses, rows, columns, IGNORED,
             GRADIENT=needs_gradient, THREADS=THREADS, EACH=EACH, num_warps=WARPS,
         )  # fmt: skip
         if needs_gradient:
@@ -57,7 +58,7 @@ class _Losses(torch.autograd.Function):
         rows, columns = gradient.numel(), logits.shape[-1]
         _scale[(rows,)](logits, gradient.contiguous(), columns, BLOCK=THREADS * EACH, num_warps=WARPS)
         torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None
+        return logits, None, None
 
 
 @triton.jit
